@@ -1,0 +1,45 @@
+# Understudy. `make help` lists what there is; everything sets itself up first.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: help setup lab lab-down test soak check bench bpf lock
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## install what everything needs (Debian packages, a virtual environment, Azurite)
+
+$(READY): requirements.lock pyproject.toml deploy/setup azure_emu/package-lock.json
+	deploy/setup
+	touch $@
+
+bpf: $(READY) ## compile the tracker's eBPF program
+	$(MAKE) -C agents/mobility/tracker
+
+check: $(READY) ## ruff, strict mypy, import contract
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+test: check bpf ## the tests, on real parts
+	$(PY) -m pytest -m 'not soak'
+
+soak: bpf ## the long mode: random kills for many minutes
+	$(PY) -m pytest -m soak --timeout 3600
+
+bench: bpf ## measure speed and memory; prints a table
+	$(PY) -m tests.bench
+
+lab: bpf ## the main job on real parts, proved
+	$(VENV)/bin/understudy lab up
+
+lab-down: ## remove every trace of the lab
+	$(VENV)/bin/understudy lab down
+
+lock: ## resolve the dependencies anew
+	$(VENV)/bin/uv pip compile --quiet --upgrade --generate-hashes --no-emit-index-url --no-header \
+	    --extra dev pyproject.toml -o requirements.lock

@@ -1,0 +1,32 @@
+"""Structured logs: one line an event, to standard error, nouns as fields."""
+
+import logging
+import sys
+from typing import Any
+
+import structlog
+
+
+def configure_log(*, daemon: str, as_json: bool = False, level: str = "info") -> None:
+    """Set up structlog for this process; every line names ``daemon``."""
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if as_json
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[level.upper()]
+        ),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(daemon=daemon)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
