@@ -7,6 +7,8 @@ import uuid
 from dataclasses import dataclass
 from enum import Enum
 
+from replication.errors import PeerError
+
 
 class Consistency(Enum):
     """What a bookmark promises about the state of all disks of the machine at its instant."""
@@ -41,6 +43,10 @@ class Stamp:
         return f"{self.generation}.{self.number}"
 
 
+NOTHING = Stamp(0, 0)
+"""Before the first changeset of the first generation."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bookmark:
     """The point in time at which a changeset ends.
@@ -73,3 +79,14 @@ class DiskShape:
 
 MachineId = uuid.UUID
 """A protected machine; also the name of its certificate and of its containers."""
+
+
+def read_machine(text: str, where: str) -> uuid.UUID:
+    """A machine's id in its one canonical form, lower case with dashes; PeerError otherwise."""
+    try:
+        machine = uuid.UUID(text)
+    except ValueError as error:
+        raise PeerError(f"{where}: {text!r:.80} is not a machine's id") from error
+    if str(machine) != text:
+        raise PeerError(f"{where}: {text!r:.80} is not a machine's id")
+    return machine
