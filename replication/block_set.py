@@ -32,9 +32,11 @@ BLOCK_COUNT_MAX = 1 << 36
 RUN_WINDOW_BLOCKS = 1 << 18
 """Runs are cut at multiples of this (1 GiB), so that listing them takes bounded memory."""
 
-_HEADER = struct.Struct("<4sB3xQQ16s")
+_HEADER = struct.Struct("<4sB3sQQ16s")
+_DIGESTED_HEADER_BYTES = 16
 _MAGIC = b"USB1"
 _VERSION = 1
+_ZSTD_GAIN_MAX = 1 << 15  # a zstd block makes at most 128 KiB of at least 4 bytes
 assert _HEADER.size == 40
 
 
@@ -179,9 +181,10 @@ class BlockSet:
 
     def to_bytes(self) -> bytes:
         """The set as a self-checking record: FORMAT.md §2."""
-        body = zstandard.ZstdCompressor(level=1).compress(self._bits.tobytes())
-        digest = xxhash.xxh3_128_digest(self._bits.tobytes())
-        return _HEADER.pack(_MAGIC, _VERSION, self.block_count, len(body), digest) + body
+        bitmap = self._bits.tobytes()
+        body = zstandard.ZstdCompressor(level=1).compress(bitmap)
+        head = _HEADER.pack(_MAGIC, _VERSION, bytes(3), self.block_count, len(body), bytes(16))
+        return head[:-16] + _digest(head, bitmap) + body
 
     @classmethod
     def from_bytes(cls, data: bytes) -> BlockSet:
@@ -189,28 +192,36 @@ class BlockSet:
 
         Raises PeerError on bad magic, version or lengths, IntegrityError on a wrong digest.
         Memory is bounded by the declared block count, which is itself bounded by the body: zstd
-        is told the size to expect and stops there.
+        is told the size to expect and stops there, and a size that no such body can unpack to is
+        refused before.
         """
         if len(data) < _HEADER.size:
             raise PeerError(f"a block set of {len(data)} bytes is shorter than its header")
-        magic, version, block_count, body_bytes, digest = _HEADER.unpack_from(data)
+        magic, version, reserved, block_count, body_bytes, digest = _HEADER.unpack_from(data)
         if magic != _MAGIC or version != _VERSION:
             raise PeerError(f"not a block set of version {_VERSION}: {magic!r} {version}")
+        if any(reserved):
+            raise PeerError("a block set has bits set that are reserved")
         if len(data) != _HEADER.size + body_bytes:
             raise PeerError(f"a block set declares {body_bytes} bytes, {len(data)} are there")
         made_bytes = -(-block_count // 64) * 8
         body = data[_HEADER.size :]
         try:
             declared = zstandard.frame_content_size(body)
-            if block_count > BLOCK_COUNT_MAX or declared != made_bytes:
+            too_many = block_count > BLOCK_COUNT_MAX or made_bytes > body_bytes * _ZSTD_GAIN_MAX
+            if too_many or declared != made_bytes:
                 raise PeerError(f"a block set of {block_count} blocks unpacks to {declared} bytes")
-            bitmap = zstandard.ZstdDecompressor().decompress(body, max_output_size=made_bytes)
+            bitmap = zstandard.ZstdDecompressor().decompress(
+                body, max_output_size=made_bytes, allow_extra_data=False
+            )
         except zstandard.ZstdError as error:
             raise IntegrityError(f"a block set does not unpack: {error}") from error
-        if xxhash.xxh3_128_digest(bitmap) != digest:
+        if _digest(data, bitmap) != digest:
             raise IntegrityError("a block set does not have the digest that it declares")
         made = cls(block_count)
         made.add_bitmap(bitmap)
+        if made._bits.tobytes() != bitmap:
+            raise PeerError(f"a block set has blocks behind the end of its {block_count}")
         return made
 
     def _trim(self) -> None:
@@ -229,3 +240,11 @@ class BlockSet:
     def _same(self, other: BlockSet) -> None:
         if self.block_count != other.block_count:
             raise PeerError(f"{self!r} and {other!r} are of disks of different sizes")
+
+
+def _digest(head: bytes, bitmap: bytes) -> bytes:
+    """The block count is in it too: a set moved to a disk of another size would miss blocks."""
+    hasher = xxhash.xxh3_128(head[:_DIGESTED_HEADER_BYTES])
+    hasher.update(bitmap)
+    digest: bytes = hasher.digest()
+    return digest

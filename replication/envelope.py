@@ -27,6 +27,7 @@ from replication.frame import (
     ATTEMPT_BYTES,
     DIGEST_BYTES,
     FRAME_NUMBER_MAX,
+    PLAIN_BYTES_MAX,
     Codec,
     Frame,
     FrameHeader,
@@ -179,7 +180,8 @@ def _unpack(packed: bytes, header: FrameHeader) -> bytes:
     try:
         if zstandard.frame_content_size(packed) != header.plain_bytes:
             raise PeerError(f"{_name(header)} unpacks to another size than it declares")
-        return zstandard.ZstdDecompressor().decompress(
+        # Else a frame could ask for a window of 128 MiB to unpack its one.
+        return zstandard.ZstdDecompressor(max_window_size=PLAIN_BYTES_MAX).decompress(
             packed, max_output_size=header.plain_bytes, allow_extra_data=False
         )
     except zstandard.ZstdError as error:

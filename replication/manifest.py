@@ -36,7 +36,7 @@ PUBLIC_BYTES_MAX = 4 << 20
 SECRET_BYTES_MAX = 1 << 20
 MANIFEST_BYTES_MAX = 16 + PUBLIC_BYTES_MAX + SECRET_BYTES_MAX + TAG_BYTES
 
-_HEADER = struct.Struct("<4sB3xII")
+_HEADER = struct.Struct("<4sB3sII")
 _SECTOR_BYTES = 512
 assert _HEADER.size == 16
 assert BLOCK_BYTES % _SECTOR_BYTES == 0
@@ -122,7 +122,7 @@ class Manifest:
         )
         public = encode(_public_tree(self))
         secret = encode({"audit": [_audit_tree(item) for item in self.audit or ()]})
-        associated = _HEADER.pack(MAGIC, VERSION, len(public), len(secret)) + public
+        associated = _HEADER.pack(MAGIC, VERSION, bytes(3), len(public), len(secret)) + public
         _check(self)
         return associated + sealer.seal_manifest(associated, secret)
 
@@ -149,7 +149,9 @@ def open_manifest(data: bytes, data_key: bytes) -> tuple[Manifest, AttemptKey]:
     secret = key.open_manifest(data[: _HEADER.size + len(public)], sealed)
     tree = Document.decode(secret, "manifest's sealed part", bytes_max=SECRET_BYTES_MAX)
     audit = tuple(
-        AuditDigest(item.uint("disk", DISK_COUNT_MAX), item.uint("chunk"), item.hex("digest", 16))
+        AuditDigest(
+            item.uint("disk", DISK_COUNT_MAX - 1), item.uint("chunk"), item.hex("digest", 16)
+        )
         for item in tree.documents("audit", AUDIT_COUNT_MAX)
     )
     return replace(manifest, audit=audit), key
@@ -158,9 +160,11 @@ def open_manifest(data: bytes, data_key: bytes) -> tuple[Manifest, AttemptKey]:
 def _split(data: bytes) -> tuple[bytes, bytes]:
     if len(data) < _HEADER.size:
         raise PeerError(f"a manifest of {len(data)} bytes is shorter than its header")
-    magic, version, public_bytes, secret_bytes = _HEADER.unpack_from(data)
+    magic, version, reserved, public_bytes, secret_bytes = _HEADER.unpack_from(data)
     if magic != MAGIC or version != VERSION:
         raise PeerError(f"not a manifest of version {VERSION}: {magic!r} {version}")
+    if any(reserved):
+        raise PeerError("a manifest has bits set that are reserved")
     if public_bytes > PUBLIC_BYTES_MAX or secret_bytes > SECRET_BYTES_MAX:
         raise PeerError(f"a manifest declares {public_bytes} and {secret_bytes} bytes: too many")
     if len(data) != _HEADER.size + public_bytes + secret_bytes + TAG_BYTES:

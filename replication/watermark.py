@@ -94,7 +94,9 @@ class Watermark:
                 tree.uint("repair"),
                 tuple(
                     RepairRun(
-                        item.uint("disk", DISK_COUNT_MAX), item.uint("block"), item.uint("count")
+                        item.uint("disk", DISK_COUNT_MAX - 1),
+                        item.uint("block"),
+                        item.uint("count"),
                     )
                     for item in tree.documents("repair_runs", REPAIR_RUNS_MAX)
                 ),
