@@ -2,18 +2,13 @@
 
 import argparse
 import asyncio
-import signal
 import sys
 from collections.abc import Sequence
 
-import structlog
-
 from azure_emu.azurite import Azurite
 from azure_emu.config import Config
-from daemon.log import configure_log
-from replication.errors import ReplicationError
-
-_log = structlog.get_logger()
+from daemon.service import Service, fail, run_daemon
+from replication.errors import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,33 +17,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE.toml")
     try:
         config = Config.load(parser.parse_args(arguments).config)
-        configure_log(daemon="azure-emu", as_json=config.log.json_lines, level=config.log.level)
-        asyncio.run(_serve(config))
-    except ReplicationError as error:
-        sys.stderr.write(f"understudy-azure-emu: {error}\n")
-        return error.exit_code
-    return 0
+    except ConfigError as error:
+        return fail(error)
+    return run_daemon("azure-emu", config.service, lambda service: _serve(config, service))
 
 
-async def _serve(config: Config) -> None:
-    task, loop, stopped = asyncio.current_task(), asyncio.get_running_loop(), False
-
-    def stop() -> None:
-        nonlocal stopped
-        if not stopped and task is not None:
-            stopped = True
-            task.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+async def _serve(config: Config, service: Service) -> None:
+    running = asyncio.create_task(_run(config, service), name="azurite")
+    stopping = asyncio.create_task(service.stop.wait(), name="stop")
     try:
-        async with Azurite(config.storage) as azurite:
-            _log.info("cache storage account ready", account=config.storage.account.name)
-            await azurite.watch()
-    except asyncio.CancelledError:
-        if not stopped:
-            raise
-        _log.info("stopped")
+        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            await running
+    finally:
+        stopping.cancel()
+        running.cancel()
+        await asyncio.wait({running})
+
+
+async def _run(config: Config, service: Service) -> None:
+    async with Azurite(config.storage) as azurite:
+        service.ready(f"cache storage account {config.storage.account.name}")
+        await azurite.watch()
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ import binascii
 import os
 import re
 import stat
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from daemon.config import DaemonConfig, Section
+from daemon.service import ServiceConfig
 from replication.errors import ConfigError
 
 ACCOUNT_KEY_BYTES_MIN = 32
@@ -89,18 +90,11 @@ class Storage(Section):
         return self
 
 
-class Log(Section):
-    """How logs are written to standard error."""
-
-    json_lines: bool = False
-    level: Literal["debug", "info", "warning", "error"] = "info"
-
-
 class Config(DaemonConfig):
     """The emulator's configuration file."""
 
     storage: Storage
-    log: Log = Log()
+    service: ServiceConfig = ServiceConfig()
 
 
 def _read_private(path: str) -> str:

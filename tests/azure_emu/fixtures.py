@@ -77,7 +77,7 @@ account = {{ name = "{self.account}", key_file = "{key_file}" }}
                 stderr=log,
             )
         deadline = time.monotonic() + START_SECONDS_MAX
-        while b"cache storage account ready" not in self.log.read_bytes():
+        while f"cache storage account {self.account}".encode() not in self.log.read_bytes():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise AssertionError(f"Azurite did not start: {self.log.read_text()}")
