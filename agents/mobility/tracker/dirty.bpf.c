@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Marks in a bitmap per disk which 4 KiB blocks completed requests may have changed.
+ *
+ * It sits on the tracepoint block:block_rq_complete in its BTF form, which hands out the request
+ * itself: the operation is read as a number instead of guessed from the letters of `rwbs` (where
+ * `N` is a write-zeroes on one kernel and a harmless pass-through command on the next), and a
+ * discard of several separate ranges is seen range by range, where the text form tells a first
+ * sector and a sum. The tracepoint fires before the writer hears of the completion, for parts of
+ * requests too, and for failed requests: those may have changed the medium.
+ *
+ * What cannot be placed (past the end of the bitmap, a pass-through write, a zone command) adds
+ * to the disk's `lost` counter, so that nothing is missed in silence.
+ */
+#include <linux/bpf.h>
+#include <stdbool.h>
+
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#define SECTORS_PER_BLOCK_SHIFT 3 /* sectors of 512 bytes, blocks of 4096 */
+#define BLOCKS_PER_WORD_SHIFT 6
+#define BLOCK_IN_WORD 63
+#define WORDS_MAX (1ULL << 32)
+
+#define DISKS_MAX 256   /* tracked disks of one machine */
+#define RANGES_MAX 4096 /* ranges of one discard; drivers allow 256 */
+
+/* enum req_op: values that no kernel since 4.10 has changed; odd ones send data or change state */
+#define OPERATION_MASK 0xff
+#define OPERATION_WRITE 1
+#define OPERATION_DISCARD 3
+#define OPERATION_SECURE_ERASE 5
+#define OPERATION_WRITE_ZEROES 9
+
+#define RELOCATED __attribute__((preserve_access_index))
+
+struct gendisk {
+	int major;
+	int first_minor;
+} RELOCATED;
+
+struct request_queue {
+	struct gendisk *disk;
+} RELOCATED;
+
+struct bvec_iter {
+	__u64 bi_sector;
+	__u32 bi_size;
+} RELOCATED;
+
+struct bio {
+	struct bio *bi_next;
+	struct bvec_iter bi_iter;
+} RELOCATED;
+
+struct request {
+	struct request_queue *q;
+	__u32 cmd_flags;
+	__u64 __sector;
+	struct bio *bio;
+} RELOCATED;
+
+/* One bit a block, block b being bit b % 64 of word b / 64. The agent makes them in the disk's size. */
+struct bitmap {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE | BPF_F_INNER_MAP);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+};
+
+/* Device number as in the kernel, (major << 20) | minor -> the bitmap of the running epoch. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS);
+	__uint(max_entries, DISKS_MAX);
+	__type(key, __u32);
+	__array(values, struct bitmap);
+} disks SEC(".maps");
+
+/* Device number -> how many changes could not be placed in a bitmap. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, DISKS_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} lost SEC(".maps");
+
+struct span {
+	void *bitmap;
+	__u64 first_block;
+	__u64 last_block; /* within */
+	bool lost;
+};
+
+struct walk {
+	void *bitmap;
+	struct bio *bio;
+	bool lost;
+};
+
+static long mark_word(__u32 step, struct span *span)
+{
+	__u64 word = (span->first_block >> BLOCKS_PER_WORD_SHIFT) + step;
+	__u64 mask = ~0ULL;
+	__u64 *bits;
+	__u32 key = word;
+
+	if (step == 0)
+		mask <<= span->first_block & BLOCK_IN_WORD;
+	if (word == span->last_block >> BLOCKS_PER_WORD_SHIFT)
+		mask &= ~0ULL >> (BLOCK_IN_WORD - (span->last_block & BLOCK_IN_WORD));
+	bits = word < WORDS_MAX ? bpf_map_lookup_elem(span->bitmap, &key) : NULL;
+	if (!bits) {
+		span->lost = true;
+		return 1;
+	}
+	/* A busy block is marked again and again: look before taking the cache line. */
+	if ((*bits & mask) != mask)
+		__sync_fetch_and_or(bits, mask);
+	return 0;
+}
+
+/* Mark every block that the sectors touch; false if some lie past the end. */
+static __always_inline bool mark(void *bitmap, __u64 sector, __u64 bytes)
+{
+	__u64 sectors = (bytes + 511) >> 9;
+	struct span span = {
+		.bitmap = bitmap,
+		.first_block = sector >> SECTORS_PER_BLOCK_SHIFT,
+		.last_block = (sector + sectors - 1) >> SECTORS_PER_BLOCK_SHIFT,
+	};
+	__u64 words;
+
+	if (sectors == 0) /* a pure flush */
+		return true;
+	words = (span.last_block >> BLOCKS_PER_WORD_SHIFT) -
+		(span.first_block >> BLOCKS_PER_WORD_SHIFT) + 1;
+	if (words == 1)
+		mark_word(0, &span);
+	else if (bpf_loop(words, mark_word, &span, 0) < 0)
+		return false;
+	return !span.lost;
+}
+
+static long mark_range(__u32 step, struct walk *walk)
+{
+	struct bio *bio = walk->bio;
+
+	if (!bio)
+		return 1;
+	if (!mark(walk->bitmap, BPF_CORE_READ(bio, bi_iter.bi_sector),
+		  BPF_CORE_READ(bio, bi_iter.bi_size)))
+		walk->lost = true;
+	walk->bio = BPF_CORE_READ(bio, bi_next);
+	return 0;
+}
+
+static __always_inline bool mark_discard(void *bitmap, struct request *request)
+{
+	struct walk walk = {
+		.bitmap = bitmap,
+		.bio = BPF_CORE_READ(request, bio),
+	};
+
+	if (bpf_loop(RANGES_MAX, mark_range, &walk, 0) < 0)
+		return false;
+	return !walk.lost && !walk.bio;
+}
+
+static __always_inline int mark_completed(struct request *request, unsigned int bytes)
+{
+	__u32 operation = BPF_CORE_READ(request, cmd_flags) & OPERATION_MASK;
+	struct gendisk *disk;
+	void *bitmap;
+	__u64 *count;
+	__u32 dev;
+	bool whole;
+
+	if (!(operation & 1)) /* reads, flushes */
+		return 0;
+	disk = BPF_CORE_READ(request, q, disk);
+	if (!disk)
+		return 0;
+	dev = (__u32)BPF_CORE_READ(disk, major) << 20 | (__u32)BPF_CORE_READ(disk, first_minor);
+	bitmap = bpf_map_lookup_elem(&disks, &dev);
+	if (!bitmap)
+		return 0;
+
+	if (operation == OPERATION_DISCARD)
+		whole = mark_discard(bitmap, request);
+	else if (operation == OPERATION_WRITE || operation == OPERATION_WRITE_ZEROES ||
+		 operation == OPERATION_SECURE_ERASE)
+		whole = mark(bitmap, BPF_CORE_READ(request, __sector), bytes);
+	else
+		whole = false;
+	if (whole)
+		return 0;
+	count = bpf_map_lookup_elem(&lost, &dev);
+	if (count)
+		__sync_fetch_and_add(count, 1);
+	return 0;
+}
+
+/*
+ * Three copies, all attached. Since 6.1 the kernel skips a program that is already running on the
+ * same CPU, so a completion in an interrupt that hits the program in mid-run would be missed. A
+ * completion runs in a task (with preemption off), a soft or a hard interrupt: two others at most
+ * are interrupted below it, each of them inside one copy at most, so one copy is free for it.
+ */
+#define COPY(name)                                                                             \
+	SEC("tp_btf/block_rq_complete")                                                        \
+	int BPF_PROG(name, struct request *request, int error, unsigned int bytes)             \
+	{                                                                                      \
+		return mark_completed(request, bytes);                                         \
+	}
+
+COPY(mark0)
+COPY(mark1)
+COPY(mark2)
+
+char LICENSE[] SEC("license") = "GPL";
