@@ -1,0 +1,35 @@
+"""``understudy``: the operator's command; one sub-command per noun."""
+
+import sys
+
+import typer
+
+from appliance.cli import pki
+from daemon.service import fail
+from replication.errors import ReplicationError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Understudy replicates machines to a second site and brings them up there.",
+)
+app.add_typer(pki.app, name="pki")
+
+
+@app.callback()
+def understudy() -> None:
+    """Replicate machines to a second site and bring them up there."""
+
+
+def main() -> int:
+    """Run the command line and return the exit code."""
+    try:
+        app()
+    except ReplicationError as error:
+        return fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
