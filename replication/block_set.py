@@ -175,6 +175,16 @@ class BlockSet:
             lasts = blocks[np.concatenate((breaks, [len(blocks) - 1]))]
             yield from zip(firsts.tolist(), (lasts - firsts + 1).tolist(), strict=True)
 
+    def first(self, count: int) -> BlockSet:
+        """The ``count`` lowest blocks of the set, or all of them."""
+        made = BlockSet(self.block_count)
+        for block, run_count in self.runs():
+            if count <= 0:
+                break
+            made.add_run(block, min(run_count, count))
+            count -= run_count
+        return made
+
     def to_bitmap(self) -> bytes:
         """The set in the kernel's layout, whole 64-bit words."""
         return self._bits.tobytes()

@@ -7,6 +7,7 @@ applied. A changeset exists when its manifest does.
 Source: FORMAT.md §7.
 """
 
+import re
 import uuid
 
 from replication.bookmark import Stamp
@@ -16,6 +17,9 @@ CONTROL_CONTAINER = "understudy"
 WAKE_QUEUE = "understudy-manifests"
 SEGMENT_PREFIX = "segment/"
 MANIFEST_PREFIX = "manifest/"
+
+_CONTAINER = re.compile(r"[0-9a-f]{32}-g([0-9]{8,10})-([0-9]{12,18})")
+_MANIFEST = re.compile(r"manifest/([0-9]{12,19})")
 
 
 def machine_prefix(machine: uuid.UUID) -> str:
@@ -35,13 +39,12 @@ def container_name(machine: uuid.UUID, stamp: Stamp) -> str:
 
 def container_last(name: str) -> Stamp | None:
     """The last changeset that a container of this name can hold; None for a foreign name."""
-    pieces = name.split("-")
-    if len(pieces) != 3 or not pieces[1].startswith("g"):
+    found = _CONTAINER.fullmatch(name)
+    if not found:
         return None
-    generation, part = pieces[1][1:], pieces[2]
-    if not (generation.isdecimal() and part.isdecimal()):
-        return None
-    return Stamp(int(generation), (int(part) + 1) * CONTAINER_CHANGESETS - 1)
+    generation, part = (int(digits) for digits in found.groups())
+    last = Stamp(generation, (part + 1) * CONTAINER_CHANGESETS - 1)
+    return last if container_name(uuid.UUID(name[:32]), last) == name else None
 
 
 def segment_name(number: int, attempt: bytes, segment: int) -> str:
@@ -57,8 +60,11 @@ def manifest_name(number: int) -> str:
 
 def manifest_number(name: str) -> int | None:
     """The changeset number of a manifest's blob; None for any other blob."""
-    number = name.removeprefix(MANIFEST_PREFIX)
-    return int(number) if name.startswith(MANIFEST_PREFIX) and number.isdecimal() else None
+    found = _MANIFEST.fullmatch(name)
+    if not found:
+        return None
+    number = int(found[1])
+    return number if manifest_name(number) == name else None
 
 
 def watermark_name(machine: uuid.UUID) -> str:

@@ -27,12 +27,17 @@ class Document:
         self._tree: dict[str, Any] = tree
         self._where = where
 
+    @property
+    def tree(self) -> dict[str, Any]:
+        """The object itself, for a record that reads all of it."""
+        return self._tree
+
     @classmethod
     def decode(cls, data: bytes, where: str, *, bytes_max: int) -> "Document":
         if len(data) > bytes_max:
             raise PeerError(f"{where}: {len(data)} bytes are more than {bytes_max}")
         try:
-            return cls(json.loads(data), where)
+            return cls(json.loads(data.decode()), where)
         except (ValueError, RecursionError) as error:
             raise PeerError(f"{where}: not JSON: {error}") from error
 
@@ -44,9 +49,9 @@ class Document:
 
     def text(self, key: str, chars_max: int = 4096) -> str:
         value = self._get(key)
-        if not isinstance(value, str) or len(value) > chars_max:
+        if not _is_text(value) or len(value) > chars_max:
             raise self._wrong(key, f"a text of at most {chars_max} characters")
-        return value
+        return str(value)
 
     def flag(self, key: str) -> bool:
         value = self._get(key)
@@ -75,7 +80,7 @@ class Document:
 
     def texts(self, key: str, count_max: int) -> list[str]:
         items = self._list(key, count_max)
-        if not all(isinstance(item, str) for item in items):
+        if not all(_is_text(item) for item in items):
             raise self._wrong(key, "a list of texts")
         return list(items)
 
@@ -97,3 +102,11 @@ class Document:
         return PeerError(
             f"{self._where}.{key}: {expected} was expected, not {self._tree[key]!r:.80}"
         )
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that can be written as UTF-8: JSON can spell half a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False

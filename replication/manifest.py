@@ -114,7 +114,10 @@ class Manifest:
         return sum(segment.frame_count for segment in self.segments)
 
     def seal(self, sealer: AttemptSealer) -> bytes:
-        """The manifest as it travels; ends the attempt."""
+        """The manifest as it travels; ends the attempt.
+
+        Raises PeerError, and leaves the attempt open, when no reader would take the manifest.
+        """
         assert (sealer.machine, sealer.stamp, sealer.attempt) == (
             self.machine,
             self.stamp,
@@ -123,7 +126,8 @@ class Manifest:
         public = encode(_public_tree(self))
         secret = encode({"audit": [_audit_tree(item) for item in self.audit or ()]})
         associated = _HEADER.pack(MAGIC, VERSION, bytes(3), len(public), len(secret)) + public
-        _check(self)
+        _read_public_part(public)
+        _read_audit(secret)
         return associated + sealer.seal_manifest(associated, secret)
 
 
@@ -132,10 +136,7 @@ def read_public(data: bytes) -> Manifest:
 
     Raises PeerError on bad magic, version, lengths or fields.
     """
-    public, _ = _split(data)
-    manifest = _from_document(Document.decode(public, "manifest", bytes_max=PUBLIC_BYTES_MAX))
-    _check(manifest)
-    return manifest
+    return _read_public_part(_split(data)[0])
 
 
 def open_manifest(data: bytes, data_key: bytes) -> tuple[Manifest, AttemptKey]:
@@ -147,14 +148,23 @@ def open_manifest(data: bytes, data_key: bytes) -> tuple[Manifest, AttemptKey]:
     key = AttemptKey(data_key, manifest.machine, manifest.stamp, manifest.attempt)
     public, sealed = _split(data)
     secret = key.open_manifest(data[: _HEADER.size + len(public)], sealed)
+    return replace(manifest, audit=_read_audit(secret)), key
+
+
+def _read_public_part(public: bytes) -> Manifest:
+    manifest = _from_document(Document.decode(public, "manifest", bytes_max=PUBLIC_BYTES_MAX))
+    _check(manifest)
+    return manifest
+
+
+def _read_audit(secret: bytes) -> tuple[AuditDigest, ...]:
     tree = Document.decode(secret, "manifest's sealed part", bytes_max=SECRET_BYTES_MAX)
-    audit = tuple(
+    return tuple(
         AuditDigest(
             item.uint("disk", DISK_COUNT_MAX - 1), item.uint("chunk"), item.hex("digest", 16)
         )
         for item in tree.documents("audit", AUDIT_COUNT_MAX)
     )
-    return replace(manifest, audit=audit), key
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:
