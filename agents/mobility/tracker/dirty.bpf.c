@@ -171,7 +171,7 @@ static __always_inline bool mark_discard(void *bitmap, struct request *request)
 
 static __always_inline int mark_completed(struct request *request, unsigned int bytes)
 {
-	__u32 operation = BPF_CORE_READ(request, cmd_flags) & OPERATION_MASK;
+	__u32 operation = request->cmd_flags & OPERATION_MASK;
 	struct gendisk *disk;
 	void *bitmap;
 	__u64 *count;
@@ -180,10 +180,10 @@ static __always_inline int mark_completed(struct request *request, unsigned int 
 
 	if (!(operation & 1)) /* reads, flushes */
 		return 0;
-	disk = BPF_CORE_READ(request, q, disk);
+	disk = request->q->disk;
 	if (!disk)
 		return 0;
-	dev = (__u32)BPF_CORE_READ(disk, major) << 20 | (__u32)BPF_CORE_READ(disk, first_minor);
+	dev = (__u32)disk->major << 20 | (__u32)disk->first_minor;
 	bitmap = bpf_map_lookup_elem(&disks, &dev);
 	if (!bitmap)
 		return 0;
@@ -192,7 +192,7 @@ static __always_inline int mark_completed(struct request *request, unsigned int 
 		whole = mark_discard(bitmap, request);
 	else if (operation == OPERATION_WRITE || operation == OPERATION_WRITE_ZEROES ||
 		 operation == OPERATION_SECURE_ERASE)
-		whole = mark(bitmap, BPF_CORE_READ(request, __sector), bytes);
+		whole = mark(bitmap, request->__sector, bytes);
 	else
 		whole = false;
 	if (whole)
