@@ -1,0 +1,1 @@
+"""The mobility agent: tracks dirty blocks, takes consistent points, streams changesets."""

@@ -1,0 +1,128 @@
+"""What the mobility agent can be told."""
+
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+from uuid import UUID
+
+from pydantic import Field, field_validator, model_validator
+
+from daemon.config import DaemonConfig, Section
+from daemon.data_key import read_data_key
+from daemon.service import ServiceConfig
+from daemon.tls import TlsFiles
+from replication.bookmark import DiskShape
+from replication.frame import DISK_COUNT_MAX
+from replication.manifest import SEGMENT_BYTES_MAX
+
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+
+
+class DiskConfig(Section):
+    """A disk to protect.
+
+    index:  the disk's number in the stream; never give an old number to another disk.
+    device: a whole block device.
+    name:   what people call it; the device's path if not given.
+    """
+
+    index: int = Field(ge=0, lt=DISK_COUNT_MAX)
+    device: str
+    name: str = Field(default="", max_length=255)
+
+    def shape(self, size_bytes: int) -> DiskShape:
+        return DiskShape(self.index, self.name or self.device, size_bytes)
+
+
+class CaptureConfig(Section):
+    """How changes become points.
+
+    interval_seconds:     shortest time between changesets while there is churn.
+    heartbeat_seconds:    longest time without a bookmark.
+    pause_share_max:      largest share of the time that file systems may be frozen.
+    freeze_bytes_max:     pre-copy rounds go on until no more than this is left.
+    rounds_max:           pre-copy rounds at most.
+    freeze_seconds_max:   the watchdog thaws after this, whatever happens.
+    changeset_bytes_max:  more than this is cut into several changesets, without a point.
+    audit_chunks:         64 KiB chunks whose digests go with each changeset, disks taken in turn.
+    raw_capture:          how a disk without a mounted file system gets a point: when a round
+                          finds it quiet, or by FICLONE of its image where the store can.
+    """
+
+    interval_seconds: Seconds = 5.0
+    heartbeat_seconds: Seconds = 60.0
+    pause_share_max: float = Field(default=0.01, gt=0, le=1)
+    freeze_bytes_max: int = Field(default=32 << 20, ge=1 << 20, le=256 << 20)
+    rounds_max: int = Field(default=6, ge=1, le=100)
+    freeze_seconds_max: float = Field(default=2.0, gt=0, le=60)
+    changeset_bytes_max: int = Field(default=1 << 30, ge=16 << 20, le=1 << 34)
+    audit_chunks: int = Field(default=8, ge=0, le=1024)
+    raw_capture: Literal["quiet", "reflink"] = "quiet"
+
+
+class AppConsistencyConfig(Section):
+    """Points for which the applications' own scripts bring their data to rest.
+
+    interval_seconds: 0: off.
+    pre, post:        executables, run in this order before the freeze and after the thaw.
+    """
+
+    interval_seconds: float = Field(default=0, ge=0)
+    pre: tuple[str, ...] = ()
+    post: tuple[str, ...] = ()
+    script_seconds_max: Seconds = 60.0
+
+
+class SendConfig(Section):
+    """How segments travel.
+
+    bandwidth_bytes_per_second_max: 0: no limit.
+    """
+
+    segment_bytes: int = Field(default=8 << 20, ge=2 << 20, le=SEGMENT_BYTES_MAX - (2 << 20))
+    segments_in_flight_max: int = Field(default=3, ge=1, le=32)
+    bandwidth_bytes_per_second_max: int = Field(default=0, ge=0)
+    zstd_level: int = Field(default=1, ge=1, le=19)
+    request_seconds_max: Seconds = 60.0
+    backoff_seconds_max: Seconds = 15.0
+
+
+class AgentConfig(DaemonConfig):
+    """The whole configuration of ``understudy-agent``.
+
+    process_server: https URL of the process server, without a path.
+    state_folder:   where block sets and positions are kept; not on a protected disk.
+    tracker:        ``ebpf``, or ``scan`` where that cannot be had (no points in time).
+    """
+
+    machine: UUID
+    name: str = Field(default="", max_length=255)
+    data_key_file: str
+    state_folder: str
+    process_server: str
+    tls: TlsFiles
+    disks: tuple[DiskConfig, ...] = Field(min_length=1, max_length=DISK_COUNT_MAX)
+    tracker: Literal["ebpf", "scan"] = "ebpf"
+    capture: CaptureConfig = CaptureConfig()
+    app_consistency: AppConsistencyConfig = AppConsistencyConfig()
+    send: SendConfig = SendConfig()
+    service: ServiceConfig = ServiceConfig()
+
+    @field_validator("process_server")
+    @classmethod
+    def _https_origin(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme != "https" or not parts.hostname or parts.path not in ("", "/"):
+            raise ValueError("an https URL without a path is expected, as https://appliance:9443")
+        return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _disks_differ(self) -> "AgentConfig":
+        for what in ("index", "device"):
+            values = [getattr(disk, what) for disk in self.disks]
+            if len(set(values)) != len(values):
+                raise ValueError(f"two disks have the same {what}")
+        return self
+
+    def data_key(self) -> bytes:
+        """Read the data key; raise ConfigError when others can read it or it is no key."""
+        return read_data_key(self.data_key_file)

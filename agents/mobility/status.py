@@ -1,0 +1,132 @@
+"""What the agent says of itself: a small file beside its state, for people and for health checks.
+
+Written at each change by rename and not synced: it is news, not memory.
+"""
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from agents.mobility.config import AgentConfig
+from agents.mobility.frame_builder import SegmentBuilder
+from agents.mobility.source import SourceDisk
+from agents.mobility.stream_state import StreamStateFile
+from replication.block_set import BLOCK_BYTES
+from replication.bookmark import Stamp
+from replication.manifest import Manifest
+from replication.stream import StreamState
+
+STATUS_FILE = "status.json"
+RECORDS_MAX = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ChangesetRecord:
+    """What a changeset came to."""
+
+    changeset: str
+    time_ns: int
+    consistency: str
+    reason: str
+    changed_bytes: int
+    sent_bytes: int
+    pause_seconds: float
+    taken_seconds: float
+    left_bytes: int
+
+    @classmethod
+    def of(cls, manifest: Manifest, taken_seconds: float, left_bytes: int) -> Self:
+        bookmark = manifest.bookmark
+        return cls(
+            changeset=str(manifest.stamp),
+            time_ns=bookmark.time_ns,
+            consistency=bookmark.consistency.value,
+            reason=bookmark.reason,
+            changed_bytes=manifest.changed_bytes,
+            sent_bytes=manifest.sent_bytes,
+            pause_seconds=manifest.pause_ns / 1e9,
+            taken_seconds=taken_seconds,
+            left_bytes=left_bytes,
+        )
+
+
+@dataclass(slots=True)
+class AgentStatus:
+    """The newest news; ``write`` after each change."""
+
+    path: str
+    machine: str
+    name: str
+    tracker: str
+    disks: list[dict[str, Any]]
+    state: str = "starting"
+    trouble: str = ""
+    under_way: str = ""
+    todo_bytes: int = 0
+    committed: str = ""
+    applied: str = ""
+    durable_ns: int = 0
+    restorable_ns: int = 0
+    skew_ns: int = 0
+    unapplied_count: int = 0
+    changed_bytes: int = 0
+    sent_bytes: int = 0
+    under_way_bytes: int = 0
+    builder: SegmentBuilder | None = None
+    records: deque[ChangesetRecord] = field(default_factory=lambda: deque(maxlen=RECORDS_MAX))
+
+    @classmethod
+    def of(cls, config: AgentConfig, disks: Sequence[SourceDisk]) -> Self:
+        return cls(
+            path=os.path.join(config.state_folder, str(config.machine), STATUS_FILE),
+            machine=str(config.machine),
+            name=config.name,
+            tracker=config.tracker,
+            disks=[asdict(disk.shape) for disk in disks],
+        )
+
+    def tell(self, state: str, trouble: str = "") -> None:
+        self.state, self.trouble = state, trouble
+        self.write()
+
+    def begin(self, stamp: Stamp, todo_bytes: int) -> None:
+        self.under_way, self.todo_bytes = str(stamp), todo_bytes
+        self.write()
+
+    def committed_changeset(self, record: ChangesetRecord) -> None:
+        self.records.append(record)
+        self.under_way = ""
+        self.builder = None
+        self.todo_bytes = record.left_bytes
+        self.changed_bytes += record.changed_bytes
+        self.sent_bytes += record.sent_bytes
+        self.write()
+
+    def learn(self, stream: StreamState, state: StreamStateFile) -> None:
+        position = state.position
+        self.state = "replicating" if position.seeded else "initial replication"
+        self.committed = str(Stamp(position.generation, position.committed))
+        self.applied = str(stream.watermark.applied)
+        self.durable_ns = stream.durable_ns
+        self.restorable_ns = stream.watermark.restorable_ns
+        self.skew_ns = time.time_ns() - stream.time_ns
+        self.unapplied_count = len(state.retained())
+        self.write()
+
+    def write(self) -> None:
+        builder = self.builder
+        self.under_way_bytes = builder.changed_blocks * BLOCK_BYTES if builder else 0
+        tree = {
+            name: getattr(self, name) for name in self.__slots__ if name not in ("path", "builder")
+        }
+        tree["records"] = [asdict(record) for record in self.records]
+        tree["pid"] = os.getpid()
+        tree["written_ns"] = time.time_ns()
+        pending = f"{self.path}.new"
+        with open(pending, "w", encoding="utf-8") as file:
+            json.dump(tree, file)
+        os.rename(pending, self.path)

@@ -1,0 +1,284 @@
+"""What the agent must still know after a crash, on stable storage.
+
+One file, replaced whole at each step, so that its parts never disagree:
+
+- ``todo``: per disk, the blocks that are known to have changed and that no acknowledged changeset
+  holds. Bits move here from the tracker before the tracker forgets them.
+- the position: generation, the last number acknowledged, the number since which ``todo`` counts.
+- the pending commit: number and attempt of a changeset whose commit was sent. After a crash the
+  process server's answer tells whether it was taken.
+
+Beside it, a file for each changeset that was committed and is not yet applied: the blocks that it
+held. Should the process server lose it, those blocks go back into ``todo``. They are small, and
+as many as the process server has changesets in its spool.
+
+Invariant, at every instant and across SIGKILL: a block that changed after the newest applied
+changeset is in the tracker, in ``todo``, or in the file of a changeset that is not yet applied.
+"""
+
+import os
+import struct
+import uuid
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+import xxhash
+
+from agents.mobility.device import DeviceIdentity
+from daemon.durable import make_folder, storage_error, sync_folder, write_whole
+from replication.block_set import BLOCK_BYTES, BlockSet
+from replication.bookmark import NOTHING, Stamp
+from replication.document import Document, encode
+from replication.errors import IntegrityError, ReplicationError
+from replication.frame import ATTEMPT_BYTES, DISK_COUNT_MAX
+from replication.watermark import NO_ATTEMPT
+
+BlockSets = dict[int, BlockSet]
+"""Disk index to blocks."""
+
+_HEADER = struct.Struct("<4sB3xI16s")
+_MAGIC = b"USS1"
+_VERSION = 1
+_JSON_BYTES_MAX = 1 << 20
+_SET_LENGTH = struct.Struct("<HxxxxxxQ")
+
+
+def size_of(sets: BlockSets) -> int:
+    """Bytes that the blocks of all disks hold."""
+    return sum(len(blocks) for blocks in sets.values()) * BLOCK_BYTES
+
+
+def merge(into: BlockSets, sets: Mapping[int, BlockSet]) -> None:
+    """Add ``sets`` to ``into``; disks that ``into`` does not know are dropped."""
+    for disk, blocks in sets.items():
+        if disk in into and into[disk].block_count == blocks.block_count:
+            into[disk] |= blocks
+
+
+def subtract(from_sets: BlockSets, sets: Mapping[int, BlockSet]) -> None:
+    for disk, blocks in sets.items():
+        if disk in from_sets and from_sets[disk].block_count == blocks.block_count:
+            from_sets[disk] -= blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A commit that was sent and not yet known to be taken.
+
+    whole: the changeset holds all of ``todo``, so it is not a part of an initial replication or
+           of a backlog that is cut into several.
+    """
+
+    stamp: Stamp
+    attempt: bytes
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where the stream stands.
+
+    generation:  of the stream; 0 before the first.
+    committed:   last number acknowledged by the process server.
+    attempt:     the attempt that was acknowledged.
+    since:       the number that ``todo`` counts from.
+    applied:     newest changeset known to be in the store.
+    repaired:    newest repair request that an acknowledged changeset has fulfilled.
+    repairing:   newest repair request whose blocks are in ``todo``.
+    seeded:      whether the initial replication of the generation is complete.
+    audit_chunk: where the audit goes on, counting chunks over all disks.
+    identities:  the disks as they were when tracking last went on without interruption.
+    """
+
+    generation: int = 0
+    committed: int = 0
+    attempt: bytes = NO_ATTEMPT
+    since: int = 0
+    applied: Stamp = NOTHING
+    repaired: int = 0
+    repairing: int = 0
+    seeded: bool = False
+    audit_chunk: int = 0
+    pending: Pending | None = None
+    identities: Mapping[int, DeviceIdentity] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Retained:
+    """A file of blocks: of changeset ``number``, which counts from ``since``."""
+
+    number: int
+    since: int
+
+
+class StreamStateFile:
+    """The agent's folder of state; one process at a time."""
+
+    def __init__(self, folder: str, machine: uuid.UUID) -> None:
+        self._folder = os.path.join(folder, str(machine))
+        self._path = os.path.join(self._folder, "stream.state")
+        self._retained_folder = os.path.join(self._folder, "retained")
+        self.position = Position()
+        self.todo: BlockSets = {}
+        make_folder(self._retained_folder)
+        self._load()
+
+    @property
+    def folder(self) -> str:
+        return self._folder
+
+    def save(self, **changes: object) -> None:
+        """Replace the file by ``todo`` and the position with ``changes``; durable on return."""
+        position = replace(self.position, **changes)  # type: ignore[arg-type]
+        write_whole(self._path, _pack(position, self.todo))
+        self.position = position
+
+    def retain(self, number: int, since: int, sets: BlockSets) -> None:
+        """Keep what a changeset holds until it is known to be applied; durable on return.
+
+        What an attempt that was given up had left under the number goes first, so that a number
+        names one set.
+        """
+        self.forget([number])
+        name = f"{self.position.generation:08}-{number:012}-{since:012}.sets"
+        write_whole(os.path.join(self._retained_folder, name), _pack_sets(sets))
+
+    def retained(self) -> dict[int, int]:
+        """The changesets of this generation that are kept: number to the number it counts from."""
+        return {entry.number: entry.since for entry in self._entries().values()}
+
+    def read_retained(self, number: int) -> BlockSets:
+        """The blocks of a changeset that is kept, a number of ``retained``."""
+        for name, entry in self._entries().items():
+            if entry.number == number:
+                with open(os.path.join(self._retained_folder, name), "rb") as file:
+                    return _unpack_sets(file.read())
+        raise IntegrityError(f"the block set of changeset {number} is gone from {self._folder}")
+
+    def forget(self, numbers: Collection[int]) -> None:
+        """Drop what is kept of changesets; not durable by itself, and needs not be."""
+        for name, entry in self._entries().items():
+            if entry.number in numbers:
+                os.unlink(os.path.join(self._retained_folder, name))
+
+    def drop_strays(self) -> None:
+        """Remove what an interrupted write or an earlier generation left behind."""
+        known = self._entries()
+        for name in os.listdir(self._retained_folder):
+            if name not in known:
+                os.unlink(os.path.join(self._retained_folder, name))
+        sync_folder(self._retained_folder)
+
+    def _entries(self) -> dict[str, _Retained]:
+        found = {}
+        for name in os.listdir(self._retained_folder):
+            pieces = name.removesuffix(".sets").split("-")
+            if not name.endswith(".sets") or len(pieces) != 3:
+                continue
+            if all(piece.isdecimal() for piece in pieces):
+                generation, number, since = map(int, pieces)
+                if generation == self.position.generation:
+                    found[name] = _Retained(number, since)
+        return found
+
+    def _load(self) -> None:
+        try:
+            with open(self._path, "rb") as file:
+                data = file.read()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise storage_error("read", self._path, error) from error
+        try:
+            self.position, self.todo = _unpack(data)
+        except ReplicationError as error:
+            raise IntegrityError(
+                f"the agent's state {self._path} is damaged: {error}",
+                hint="remove the file to begin a new generation, which sends the disks again",
+            ) from error
+
+
+def _pack_sets(sets: BlockSets) -> bytes:
+    parts = []
+    for disk, blocks in sorted(sets.items()):
+        packed = blocks.to_bytes()
+        parts += [_SET_LENGTH.pack(disk, len(packed)), packed]
+    return b"".join(parts)
+
+
+def _unpack_sets(data: bytes) -> BlockSets:
+    sets: BlockSets = {}
+    offset = 0
+    while offset < len(data):
+        if len(data) - offset < _SET_LENGTH.size:
+            raise IntegrityError("a list of block sets is cut off")
+        disk, length = _SET_LENGTH.unpack_from(data, offset)
+        offset += _SET_LENGTH.size
+        sets[disk] = BlockSet.from_bytes(data[offset : offset + length])
+        offset += length
+    return sets
+
+
+def _pack(position: Position, todo: BlockSets) -> bytes:
+    pending = position.pending
+    public = encode(
+        {
+            "generation": position.generation,
+            "committed": position.committed,
+            "attempt": position.attempt.hex(),
+            "since": position.since,
+            "applied_generation": position.applied.generation,
+            "applied_number": position.applied.number,
+            "repaired": position.repaired,
+            "repairing": position.repairing,
+            "seeded": position.seeded,
+            "audit_chunk": position.audit_chunk,
+            "pending": pending
+            and {
+                "number": pending.stamp.number,
+                "attempt": pending.attempt.hex(),
+                "whole": pending.whole,
+            },
+            "identities": [
+                {"disk": disk, "identity": identity.as_json()}
+                for disk, identity in sorted(position.identities.items())
+            ],
+        }
+    )
+    body = public + _pack_sets(todo)
+    return _HEADER.pack(_MAGIC, _VERSION, len(public), xxhash.xxh3_128_digest(body)) + body
+
+
+def _unpack(data: bytes) -> tuple[Position, BlockSets]:
+    if len(data) < _HEADER.size:
+        raise IntegrityError("it is shorter than its header")
+    magic, version, public_bytes, digest = _HEADER.unpack_from(data)
+    if magic != _MAGIC or version != _VERSION:
+        raise IntegrityError(f"it starts with {magic!r}, version {version}")
+    if xxhash.xxh3_128_digest(memoryview(data)[_HEADER.size :]) != digest:
+        raise IntegrityError("it does not have the digest that it declares")
+    end = _HEADER.size + public_bytes
+    tree = Document.decode(data[_HEADER.size : end], "state", bytes_max=_JSON_BYTES_MAX)
+    generation = tree.uint("generation")
+    pending = None
+    if "pending" in tree:
+        item = tree.document("pending")
+        stamp = Stamp(generation, item.uint("number"))
+        pending = Pending(stamp, item.hex("attempt", ATTEMPT_BYTES), item.flag("whole"))
+    position = Position(
+        generation=generation,
+        committed=tree.uint("committed"),
+        attempt=tree.hex("attempt", ATTEMPT_BYTES),
+        since=tree.uint("since"),
+        applied=Stamp(tree.uint("applied_generation"), tree.uint("applied_number")),
+        repaired=tree.uint("repaired"),
+        repairing=tree.uint("repairing"),
+        seeded=tree.flag("seeded"),
+        audit_chunk=tree.uint("audit_chunk"),
+        pending=pending,
+        identities={
+            item.uint("disk"): DeviceIdentity.from_json(item.document("identity").tree)
+            for item in tree.documents("identities", DISK_COUNT_MAX)
+        },
+    )
+    return position, _unpack_sets(data[end:])

@@ -1,0 +1,90 @@
+"""One changeset on its way: a capture in a worker thread feeds a few requests in flight.
+
+The hand-over holds one segment, so a capture waits when the network does and memory stays
+constant. Whichever side fails first ends the other.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Executor
+from typing import TypeVar
+
+from agents.mobility.frame_builder import Segment, SegmentBuilder
+from agents.mobility.stream_client import StreamClient
+from replication.envelope import AttemptSealer
+from replication.errors import CaptureError
+
+HANDED_OVER_MAX = 1
+T = TypeVar("T")
+
+
+async def upload(
+    client: StreamClient,
+    sealer: AttemptSealer,
+    executor: Executor,
+    capture: Callable[[SegmentBuilder], T],
+    aborted: threading.Event,
+    *,
+    segment_bytes: int,
+    in_flight_max: int,
+) -> tuple[T, SegmentBuilder]:
+    """Run ``capture`` in a thread and put all segments that it builds; return when all are stored.
+
+    aborted: set when the capture must end early: it raises CaptureError then.
+    """
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[Segment | None] = asyncio.Queue(HANDED_OVER_MAX)
+
+    def submit(segment: Segment) -> None:
+        if aborted.is_set():
+            raise CaptureError("the changeset was given up")
+        try:
+            asyncio.run_coroutine_threadsafe(queue.put(segment), loop).result()
+        except CancelledError as error:
+            raise CaptureError("the changeset was given up") from error
+
+    builder = SegmentBuilder(sealer, executor, submit, segment_bytes=segment_bytes)
+
+    def work() -> T:
+        result = capture(builder)
+        builder.finish()
+        return result
+
+    async def send() -> None:
+        while (segment := await queue.get()) is not None:
+            await client.put_segment(sealer.stamp, sealer.attempt, segment)
+
+    async def close() -> None:
+        for _ in senders:
+            await queue.put(None)
+
+    async def drain() -> None:
+        """Let the capture's hand-overs pass until it notices that it is to end."""
+        while True:
+            await queue.get()
+
+    senders = [asyncio.create_task(send(), name=f"sender-{n}") for n in range(in_flight_max)]
+    working = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.wait([working, *senders], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            result = working.result()
+            closing = asyncio.create_task(close())
+            try:
+                await asyncio.gather(*senders)
+            finally:
+                closing.cancel()
+            return result, builder
+        for sender in senders:
+            if sender.done():
+                sender.result()
+        raise CaptureError("the changeset was given up")
+    finally:
+        aborted.set()
+        for sender in senders:
+            sender.cancel()
+        draining = asyncio.create_task(drain())
+        await asyncio.gather(working, return_exceptions=True)
+        draining.cancel()
+        await asyncio.gather(draining, *senders, return_exceptions=True)

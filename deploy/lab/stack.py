@@ -1,0 +1,181 @@
+"""Bringing the lab's parts up and taking every trace of them away."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from agents.mobility.tracker.ebpf import remove_machine
+from appliance.cli.authority import Authority, create_data_key
+from deploy.lab.layout import Layout, machine_id
+from deploy.lab.process import Background
+from replication.errors import ReplicationError, StorageError, UnavailableError
+from vsphere_emu.guest import Guest
+
+AGENT_HEALTH_FIRST = 10
+
+
+@dataclass(frozen=True, slots=True)
+class AgentNews:
+    """What an agent's status file says."""
+
+    state: str
+    trouble: str
+    todo_bytes: int
+    under_way_bytes: int
+    changed_bytes: int
+    sent_bytes: int
+    durable_ns: int
+    restorable_ns: int
+    committed: str
+    applied: str
+    records: tuple[dict[str, object], ...]
+
+    @property
+    def seeded(self) -> bool:
+        """The initial replication is done and a point can be restored."""
+        return self.state == "replicating" and self.restorable_ns > 0
+
+
+class Stack:
+    """All parts of the lab in one folder."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        ports = layout.ports
+        self.azure = Background(
+            layout, "azure-emu", "azure_emu", layout.config("azure"), ports.health(2)
+        )
+        self.process_server = Background(
+            layout,
+            "process-server",
+            "appliance.process_server",
+            layout.config("process-server"),
+            ports.health(0),
+        )
+        self.applier = Background(
+            layout, "applier", "appliance.applier", layout.config("applier"), ports.health(1)
+        )
+
+    def agent(self, name: str, index: int) -> Background:
+        health = self.layout.ports.health(AGENT_HEALTH_FIRST + index)
+        config = self.layout.config(f"agent-{name}")
+        return Background(self.layout, f"agent-{name}", "agents.mobility", config, health)
+
+    def agents(self) -> list[Background]:
+        return [
+            self.agent(guest.config.name, index) for index, guest in enumerate(self.layout.guests())
+        ]
+
+    def prepare(self) -> list[Guest]:
+        """Folders, certificates, keys and configuration; returns the guests, powered off or on."""
+        layout = self.layout
+        layout.make()
+        guests = layout.guests()
+        authority_folder = layout.path("certificates", "authority")
+        if not os.path.exists(authority_folder):
+            Authority.create(authority_folder)
+        authority = Authority.open(authority_folder)
+        server_folder = layout.path("certificates", "process-server")
+        if not os.path.exists(server_folder):
+            authority.issue_server(["localhost", "127.0.0.1"], server_folder)
+        for guest in guests:
+            name = guest.config.name
+            if not os.path.exists(layout.path("certificates", name)):
+                authority.issue_machine(machine_id(name), layout.path("certificates", name))
+            if not os.path.exists(layout.path("keys", f"{name}.key")):
+                create_data_key(layout.path("keys", f"{name}.key"))
+        layout.write_applier(guests)
+        return guests
+
+    def start_second_site(self) -> None:
+        """The cache storage account, the process server and the applier."""
+        for part in (self.azure, self.process_server, self.applier):
+            part.start()
+            part.wait_ready()
+
+    def start_agents(self, guests: list[Guest]) -> None:
+        for index, guest in enumerate(guests):
+            self.layout.write_agent(guest, AGENT_HEALTH_FIRST + index)
+            self.agent(guest.config.name, index).start()
+        for agent in self.agents():
+            agent.wait_ready()
+
+    def news(self, guest: str) -> AgentNews | None:
+        """What the guest's agent says of itself; None before it has said anything."""
+        try:
+            with open(self.layout.agent_status(guest), encoding="utf-8") as file:
+                tree = json.load(file)
+        except (OSError, ValueError):
+            return None
+        tree["records"] = tuple(tree["records"])
+        return AgentNews(**{name: tree[name] for name in AgentNews.__slots__})
+
+    def parts(self) -> list[Background]:
+        parts = [self.azure, self.process_server, self.applier]
+        with contextlib.suppress(ReplicationError):  # before the first `up` there are no guests
+            parts += self.agents()
+        return parts
+
+    def check_alive(self) -> None:
+        """Raise UnavailableError, with the end of its log, if a part has died."""
+        for part in self.parts():
+            if part.pid() is None:
+                raise UnavailableError(
+                    f"{part.name} has died: {part.log_tail()}", hint=f"see {part.log_path}"
+                )
+
+    def down(self) -> list[str]:
+        """Remove every trace; returns what would not go, in words."""
+        left = []
+        for part in reversed(self.parts()):
+            part.stop()
+        with contextlib.suppress(ReplicationError):
+            for guest in self.layout.guests():
+                try:
+                    guest.remove_all_traces(delete_disks=True)
+                    remove_machine(machine_id(guest.config.name))
+                except ReplicationError as error:
+                    left.append(str(error))
+        subprocess.run(
+            ["fusermount3", "-uzq", self.layout.points], check=False, capture_output=True
+        )
+        if os.path.exists(self.layout.root) and not left:
+            try:
+                shutil.rmtree(self.layout.root)
+            except OSError as error:
+                left.append(f"{self.layout.root}: {error}")
+        return left
+
+
+@contextlib.contextmanager
+def only_one(layout: Layout) -> Iterator[None]:
+    """Two `lab up` at once would fight over the same guests."""
+    os.makedirs(layout.root, mode=0o755, exist_ok=True)
+    fd = os.open(f"{layout.root}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise StorageError(
+            f"another `lab` command is at work in {layout.root}", hint="wait for it to end"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def wait_for(what: str, holds: object, seconds_max: float, tick_seconds: float = 0.25) -> None:
+    """Wait until ``holds()`` is true; UnavailableError naming ``what`` when it does not come."""
+    assert callable(holds)
+    deadline = time.monotonic() + seconds_max
+    while not holds():
+        if time.monotonic() > deadline:
+            raise UnavailableError(f"{what} did not come about within {seconds_max:.0f} s")
+        time.sleep(tick_seconds)

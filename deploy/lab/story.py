@@ -1,0 +1,278 @@
+"""``make lab``: initial replication, live deltas, recovery points, and the proof.
+
+Told to a person as it happens; any step that does not hold ends it with the reason.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from deploy.lab.proof import (
+    Point,
+    data_bytes,
+    equals_source,
+    is_clean,
+    list_points,
+    opens_database,
+)
+from deploy.lab.stack import AgentNews, Stack, wait_for
+from replication.errors import IntegrityError, ReplicationError
+from vsphere_emu import block_device
+from vsphere_emu.guest import Guest
+
+INITIAL_SECONDS_MAX = 300.0
+CATCH_UP_SECONDS_MAX = 120.0
+WORKLOAD_SECONDS_MAX = 60.0
+
+
+@dataclass(slots=True)
+class GuestStory:
+    """What is measured of one guest on the way."""
+
+    guest: Guest
+    seed_bytes: int = 0
+    seed_seconds: float = 0.0
+    rpo_durable_seconds: float = 0.0
+    rpo_restorable_seconds: float = 0.0
+    under_load: list[Point] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.guest.config.name
+
+    @property
+    def flat_paths(self) -> list[str]:
+        return [disk.flat_path for disk in self.guest.status().disks]
+
+
+class Story:
+    """One run of the lab from nothing, or from what an earlier run has left up."""
+
+    def __init__(self, stack: Stack, console: Console, *, load_seconds: float) -> None:
+        self._stack = stack
+        self._console = console
+        self._load_seconds = load_seconds
+        self._guests: list[GuestStory] = []
+
+    def tell(self) -> None:
+        """Run all of it; raises ReplicationError at the first thing that does not hold."""
+        self._set_up()
+        self._initial_replication()
+        self._live()
+        self._come_to_rest()
+        try:
+            self._prove()
+        finally:
+            self._go_on()
+        self._console.print(self._table())
+
+    def _step(self, text: str) -> None:
+        self._console.print(f"\n[bold]{text}[/bold]")
+
+    def _done(self, text: str) -> None:
+        self._console.print(f"  [green]✓[/green] {text}")
+
+    def _set_up(self) -> None:
+        self._step("1  Setting up")
+        began = time.monotonic()
+        self._guests = [GuestStory(guest) for guest in self._stack.prepare()]
+        self._done("certificate authority, certificates, data keys, configuration")
+        self._stack.start_second_site()
+        self._done("second site: cache storage account (Azurite), process server, applier")
+        for story in self._guests:
+            story.guest.power_on()
+            story.guest.start_workload()
+            disks = ", ".join(
+                f"{disk.name} {disk.file_system} on {disk.device}"
+                for disk in story.guest.status().disks
+            )
+            work = story.guest.config.workload
+            self._done(f"{story.name}: {disks}; workload {work.kind if work else 'none'}")
+        self._done(f"after {time.monotonic() - began:.0f} s")
+
+    def _initial_replication(self) -> None:
+        self._step("2  Initial replication, machines running")
+        for story in self._guests:
+            story.seed_bytes = sum(data_bytes(path) for path in story.flat_paths)
+        began = time.monotonic()
+        self._stack.start_agents([story.guest for story in self._guests])
+        with Progress(
+            TextColumn("  {task.description:10}"),
+            BarColumn(bar_width=36),
+            TextColumn("{task.percentage:>4.0f} %  {task.fields[told]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+        ) as progress:
+            tasks = {
+                story.name: progress.add_task(story.name, total=1.0, told="")
+                for story in self._guests
+            }
+            waiting = {story.name: story for story in self._guests}
+            while waiting:
+                self._stack.check_alive()
+                for name, story in list(waiting.items()):
+                    news = self._stack.news(name)
+                    if news is None:
+                        continue
+                    share = _share_done(news)
+                    progress.update(tasks[name], completed=share, told=news.trouble or news.state)
+                    if news.seeded:
+                        story.seed_seconds = time.monotonic() - began
+                        told = f"{_mebibytes(story.seed_bytes)} of data"
+                        progress.update(tasks[name], completed=1.0, told=told)
+                        del waiting[name]
+                if time.monotonic() - began > INITIAL_SECONDS_MAX:
+                    raise ReplicationError(
+                        f"initial replication of {', '.join(waiting)} takes over "
+                        f"{INITIAL_SECONDS_MAX:.0f} s",
+                        hint=f"see the logs in {self._stack.layout.path('log')}",
+                    )
+                time.sleep(0.2)
+
+    def _live(self) -> None:
+        self._step(f"3  Live changes for {self._load_seconds:.0f} s, workloads running")
+        began_ns = time.time_ns()
+        deadline = time.monotonic() + self._load_seconds
+        seen: set[tuple[str, str]] = set()
+        while time.monotonic() < deadline:
+            self._stack.check_alive()
+            for story in self._guests:
+                for point in list_points(self._stack.layout, story.name):
+                    fresh = point.time_ns > began_ns and (story.name, point.name) not in seen
+                    if fresh:
+                        seen.add((story.name, point.name))
+                        story.under_load.append(point)
+                        self._tell_point(story, point)
+            time.sleep(0.5)
+        for story in self._guests:
+            news = self._need_news(story)
+            now_ns = time.time_ns()
+            story.rpo_durable_seconds = (now_ns - news.durable_ns) / 1e9
+            story.rpo_restorable_seconds = (now_ns - news.restorable_ns) / 1e9
+            if not story.under_load:
+                raise IntegrityError(
+                    f"{story.name} got no recovery point in {self._load_seconds:.0f} s of load",
+                    hint=f"see {self._stack.layout.path('log', f'agent-{story.name}.log')}",
+                )
+
+    def _tell_point(self, story: GuestStory, point: Point) -> None:
+        age = (time.time_ns() - point.time_ns) / 1e9
+        self._console.print(
+            f"  {story.name:9} point [cyan]{point.name}[/cyan] {point.consistency}-consistent, "
+            f"{_mebibytes(point.changed_bytes)} changed, restorable {age:.1f} s after its instant"
+        )
+
+    def _come_to_rest(self) -> None:
+        self._step("4  Workloads stop, file systems are unmounted, replication catches up")
+        for story in self._guests:
+            story.guest.stop_workload()
+            for disk in reversed(story.guest.config.disks):
+                block_device.unmount(story.guest.mount_point(disk))
+        rest_ns = time.time_ns()
+        for story in self._guests:
+            wait_for(
+                f"a recovery point of {story.name} after its disks came to rest",
+                self._rested(story, rest_ns),
+                CATCH_UP_SECONDS_MAX,
+            )
+        self._done("every machine has a recovery point of its disks at rest")
+
+    def _rested(self, story: GuestStory, rest_ns: int) -> Callable[[], bool]:
+        def holds() -> bool:
+            news = self._stack.news(story.name)
+            points = list_points(self._stack.layout, story.name)
+            newest = max((point.time_ns for point in points), default=0)
+            return news is not None and newest > rest_ns and news.todo_bytes == 0
+
+        return holds
+
+    def _prove(self) -> None:
+        self._step("5  Proof")
+        layout = self._stack.layout
+        for story in self._guests:
+            newest = max(list_points(layout, story.name), key=lambda point: point.time_ns)
+            checked = sum(
+                equals_source(newest.image(index), path)
+                for index, path in enumerate(story.flat_paths)
+            )
+            self._done(
+                f"{story.name}: newest point = source in every block ({_mebibytes(checked)})"
+            )
+        for story in self._guests:
+            for point in _spread(story.under_load):
+                for index, disk in enumerate(story.guest.config.disks):
+                    is_clean(point.image(index), layout.scratch)
+                    self._done(
+                        f"{story.name}: {disk.file_system} of disk {index} is clean at "
+                        f"[cyan]{point.name}[/cyan], taken under load"
+                    )
+        for story in self._guests:
+            work = story.guest.config.workload
+            if work is not None and work.kind == "pgbench":
+                point = story.under_load[len(story.under_load) // 2]
+                total = opens_database(point.image(0), point.image(1), layout.scratch)
+                self._done(
+                    f"{story.name}: PostgreSQL starts from [cyan]{point.name}[/cyan]; the sums of "
+                    f"all balances agree ({total})"
+                )
+
+    def _go_on(self) -> None:
+        """The guests go back to work: the stack stays up."""
+        for story in self._guests:
+            story.guest.power_on()
+            story.guest.start_workload()
+
+    def _need_news(self, story: GuestStory) -> AgentNews:
+        news = self._stack.news(story.name)
+        assert news is not None, "an agent that replicates has told of itself"
+        return news
+
+    def _table(self) -> Table:
+        table = Table(title="Understudy lab", title_justify="left")
+        table.add_column("machine")
+        for heading in (
+            "disks",
+            "initial MB/s",
+            "RPO durable",
+            "RPO restorable",
+            "points",
+            "changed",
+            "sent",
+            "ratio",
+        ):
+            table.add_column(heading, justify="right")
+        for story in self._guests:
+            news = self._need_news(story)
+            ratio = news.changed_bytes / news.sent_bytes if news.sent_bytes else 0.0
+            table.add_row(
+                story.name,
+                str(len(story.guest.config.disks)),
+                f"{story.seed_bytes / story.seed_seconds / 1e6:.0f}",
+                f"{story.rpo_durable_seconds:.1f} s",
+                f"{story.rpo_restorable_seconds:.1f} s",
+                str(len(list_points(self._stack.layout, story.name))),
+                _mebibytes(news.changed_bytes),
+                _mebibytes(news.sent_bytes),
+                f"{ratio:.1f}",
+            )
+        return table
+
+
+def _share_done(news: AgentNews) -> float:
+    """How much of what was to do is done, 0 to 1; while under way never quite all."""
+    total = news.changed_bytes + news.todo_bytes
+    done = news.changed_bytes + news.under_way_bytes
+    return min(done / total, 0.99) if total else 0.0
+
+
+def _spread(points: Sequence[Point]) -> list[Point]:
+    """The first and the last of some points."""
+    return [points[0], points[-1]] if len(points) > 1 else list(points)
+
+
+def _mebibytes(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 20):,.1f} MiB"
