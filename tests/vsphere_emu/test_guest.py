@@ -1,0 +1,158 @@
+import os
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from replication.errors import ConfigError, StorageError
+from tests.vsphere_emu.conftest import MakeGuest
+from vsphere_emu import block_device
+from vsphere_emu.guest import Guest
+
+MIB = 1 << 20
+SIZES = {"ext4": 32 * MIB, "xfs": 320 * MIB, "btrfs": 128 * MIB, "none": 8 * MIB}
+
+
+def disk(kind: str, name: str = "data") -> dict[str, object]:
+    return {"name": name, "size_bytes": SIZES[kind], "file_system": kind}
+
+
+def flat_paths(guest: Guest) -> list[str]:
+    return [one.flat_path for one in guest.status().disks]
+
+
+def assert_no_trace(guest: Guest, flats: list[str]) -> None:
+    assert not [loop for flat in flats for loop in block_device.loops_of(flat)]
+    assert not [one for one in block_device.mounts() if one.point.startswith(guest.folder + "/")]
+    assert not os.path.exists(guest.folder)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_files_survive_power_off_and_on(make_guest: MakeGuest, kind: str) -> None:
+    guest = make_guest(name="web-01", disks=[disk(kind)])
+    guest.power_on()
+    status = guest.status()
+    assert status.is_powered_on
+    mounted = block_device.mounted_at(f"{guest.folder}/data")
+    assert mounted is not None
+    assert (mounted.device, mounted.file_system) == (status.disks[0].device, kind)
+    Path(f"{guest.folder}/data/file").write_text("kept")
+    guest.power_off()
+    assert not guest.status().is_powered_on
+    assert block_device.loops_of(status.disks[0].flat_path) == ()
+    guest.power_on()
+    assert Path(f"{guest.folder}/data/file").read_text() == "kept"
+
+
+def test_commands_repeat_without_effect(make_guest: MakeGuest) -> None:
+    guest = make_guest(name="web-01", disks=[disk("ext4"), disk("none", "raw")])
+    guest.power_on()
+    first = guest.status()
+    guest.power_on()
+    assert guest.status() == first
+    assert len([one for one in block_device.mounts() if guest.folder in one.point]) == 1
+    guest.power_off()
+    guest.power_off()
+    guest.remove_all_traces(delete_disks=True)
+    guest.remove_all_traces(delete_disks=True)
+
+
+def test_raw_disk_is_attached_and_left_alone(make_guest: MakeGuest) -> None:
+    guest = make_guest(name="raw-01", disks=[disk("none")])
+    guest.power_on()
+    told = guest.status().disks[0]
+    assert told.device is not None
+    assert told.mount is None
+    assert Path(told.flat_path).read_bytes() == bytes(8 * MIB)
+
+
+def test_disk_attached_by_a_run_that_was_cut_off_is_found(make_guest: MakeGuest) -> None:
+    guest = make_guest(name="web-01", disks=[disk("ext4")])
+    guest.power_on()
+    guest.power_off()
+    flat = flat_paths(guest)[0]
+    device = subprocess.run(
+        ["losetup", "-f", "--show", flat], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    guest.power_on()
+    assert guest.status().disks[0].device == device
+    assert block_device.loops_of(flat) == (device,)
+
+
+def test_file_system_cut_off_in_the_making_is_made_again(make_guest: MakeGuest) -> None:
+    guest = make_guest(name="web-01", disks=[disk("ext4")])
+    guest.power_on()
+    guest.power_off()
+    flat = flat_paths(guest)[0]
+    with open(flat, "r+b") as file:  # a superblock is there, what it speaks of is not
+        file.seek(8192)
+        file.write(bytes(4 * MIB))
+    marker = Path(os.path.dirname(guest.log_path), "web-01.data.formatting")
+    marker.touch()
+    guest.power_on()
+    Path(f"{guest.folder}/data/file").write_text("fine")
+    assert not marker.exists()
+
+
+def test_disk_with_another_file_system_is_not_overwritten(make_guest: MakeGuest) -> None:
+    guest = make_guest(name="web-01", disks=[disk("ext4")])
+    guest.power_on()
+    guest.power_off()
+    other = make_guest(name="web-01", disks=[{**disk("ext4"), "file_system": "xfs"}])
+    with pytest.raises(StorageError, match="holds ext4, the configuration says xfs"):
+        other.power_on()
+
+
+def test_disk_of_another_size_is_refused(make_guest: MakeGuest) -> None:
+    make_guest(name="web-01", disks=[disk("ext4")]).power_on()
+    other = make_guest(name="web-01", disks=[{**disk("ext4"), "size_bytes": 64 * MIB}])
+    with pytest.raises(ConfigError, match="has 33554432 bytes, the configuration says 67108864"):
+        other.power_on()
+
+
+def test_remove_cleans_half_made_states(make_guest: MakeGuest) -> None:
+    guest = make_guest(name="web-01", disks=[disk("ext4"), disk("xfs", "log")])
+    guest.power_on()
+    flats = flat_paths(guest)
+    block_device.unmount(f"{guest.folder}/data")  # one mounted, one attached, one twice mounted
+    subprocess.run(["mount", "--bind", f"{guest.folder}/log", f"{guest.folder}/data"], check=True)
+    subprocess.run(["losetup", "-f", flats[0]], check=True)
+    guest.remove_all_traces(delete_disks=True)
+    assert_no_trace(guest, flats)
+    assert not any(os.path.exists(flat) for flat in flats)
+
+
+def test_remove_thaws_a_frozen_file_system(make_guest: MakeGuest) -> None:
+    guest = make_guest(name="web-01", disks=[disk("ext4")])
+    guest.power_on()
+    flats = flat_paths(guest)
+    subprocess.run(["fsfreeze", "--freeze", f"{guest.folder}/data"], check=True)
+    writer = threading.Thread(target=Path(f"{guest.folder}/data/late").write_text, args=("x",))
+    writer.start()  # hangs in the kernel until thawed
+    guest.remove_all_traces(delete_disks=True)
+    writer.join(10)
+    assert not writer.is_alive()
+    assert_no_trace(guest, flats)
+
+
+def test_remove_finds_loop_devices_of_deleted_files(make_guest: MakeGuest) -> None:
+    guest = make_guest(name="raw-01", disks=[disk("none")])
+    guest.power_on()
+    flats = flat_paths(guest)
+    os.unlink(flats[0])
+    guest.remove_all_traces(delete_disks=True)
+    assert_no_trace(guest, flats)
+
+
+def test_holder_of_a_mount_is_named(make_guest: MakeGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_device, "BUSY_SECONDS_MAX", 0.5)
+    guest = make_guest(name="web-01", disks=[disk("ext4")])
+    guest.power_on()
+    with (
+        open(f"{guest.folder}/data/open", "w"),
+        pytest.raises(StorageError, match=f"held by process .*{os.getpid()}"),
+    ):
+        guest.power_off()
+    guest.power_off()
+    assert not guest.status().is_powered_on
