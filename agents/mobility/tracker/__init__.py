@@ -65,6 +65,8 @@ def reason_untrackable(device: Device) -> str | None:
             f"the kernel does not describe its types ({KERNEL_TYPES} is missing): "
             "it is built without CONFIG_DEBUG_INFO_BTF"
         )
+    if _is_locked_down():
+        return "the kernel is locked down (confidentiality), which forbids tracing programs"
     if not os.path.isdir(f"{queue}/mq"):
         # Bio-based drivers complete no requests, so their changes are never told.
         kind = "a device mapper volume" if os.path.isdir(f"{queue}/dm") else "stacked or in memory"
@@ -77,3 +79,11 @@ def reason_untrackable(device: Device) -> str | None:
     if zoned != "none":
         return f"{device.path} is a zoned disk ({zoned}), which is not supported"
     return None
+
+
+def _is_locked_down() -> bool:
+    try:
+        with open("/sys/kernel/security/lockdown") as file:
+            return "[confidentiality]" in file.read()
+    except OSError:  # built without lockdown, or securityfs is not mounted
+        return False

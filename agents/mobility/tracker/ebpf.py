@@ -96,8 +96,9 @@ class EbpfTracker:
     def attach(cls, machine: uuid.UUID, disk_index: int, device: Device) -> EbpfTracker:
         """Begin to track a disk, or go on where an earlier process stopped.
 
-        Begins anew, ``fresh``, where nothing is pinned, or what is pinned is half-made, is for
-        another size or device, or has lost changes. Raises TrackingError where the kernel refuses.
+        Begins anew, ``fresh``, where nothing is pinned, or what is pinned is half-made, has lost
+        changes, or is for another device, size or appearance of the device (another image, say).
+        Raises TrackingError where the kernel refuses, StorageError where bpffs does.
         """
         with _pins_changed(f"{ROOT}/{machine}"):
             _mount_bpffs()
@@ -242,9 +243,12 @@ def _opened_pin(opened: contextlib.ExitStack, path: str) -> int:
     return fd
 
 
-def _size_name(device: Device) -> str:
-    """The name of a disk's bitmaps: a map has no other room for the exact size."""
-    return f"s{device.size_bytes:x}"
+def _bitmap_names(device: Device) -> list[str]:
+    """The kernel's names of a disk's two bitmaps: its exact size, and which appearance it is.
+
+    A map has no other room for what must still be true when it is adopted; 15 letters fit.
+    """
+    return [f"s{device.size_bytes:x}", f"d{device.identity.diskseq & (1 << 56) - 1:x}"]
 
 
 def _fits(machine_folder: str, folder: str, device: Device) -> bool:
@@ -257,7 +261,7 @@ def _fits(machine_folder: str, folder: str, device: Device) -> bool:
         lost = _opened_pin(opened, f"{machine_folder}/lost")
         running_id = libbpf.lookup(disks, device.dev, 4)
         return (
-            all(info.name == _size_name(device) for info in infos)
+            [info.name for info in infos] == _bitmap_names(device)
             and running_id in [info.map_id for info in infos]
             and libbpf.lookup(lost, device.dev, 8) == 0
             and not any(
@@ -283,10 +287,10 @@ def _make_disk(machine_folder: str, folder: str, device: Device) -> None:
     words = -(-device.block_count // 64)
     with contextlib.ExitStack() as opened:
         made = []
-        for name in "ab":
-            fd = libbpf.make_bitmap(_size_name(device), words)
+        for pin, name in zip("ab", _bitmap_names(device), strict=True):
+            fd = libbpf.make_bitmap(name, words)
             opened.callback(os.close, fd)
-            libbpf.pin(fd, f"{folder}/{name}")
+            libbpf.pin(fd, f"{folder}/{pin}")
             made.append(fd)
         libbpf.pin(made[0], f"{folder}/fresh")
         libbpf.update_u64(_opened_pin(opened, f"{machine_folder}/lost"), device.dev, 0)

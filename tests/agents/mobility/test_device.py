@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
@@ -16,11 +17,14 @@ from replication.block_set import BLOCK_BYTES, BlockSet
 from replication.errors import ConfigError, PeerError, StorageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.agents.mobility.conftest import MakeLoopDisk, OpenDevice
 
 MIB = 1 << 20
+LOOP_CTL_ADD = 0x4C80
+LOOP_CTL_REMOVE = 0x4C81
 
 
 def fill(path: str, size_bytes: int) -> bytes:
@@ -210,10 +214,23 @@ def test_what_is_not_a_whole_disk_is_refused(tmp_path: Path, loop_disk: MakeLoop
             Device.open(path)
 
 
-def test_an_empty_device_is_refused(tmp_path: Path) -> None:
-    with open("/sys/block/zram0/size") as file:
-        assert file.read().strip() == "0"
-    with open("/sys/block/zram0/dev") as file:
+@pytest.fixture
+def empty_loop() -> Iterator[str]:
+    """A loop device without an image, of a number that nobody is handed."""
+    number = random.SystemRandom().randrange(1 << 10, 1 << 19)
+    control = os.open("/dev/loop-control", os.O_RDWR)
+    try:
+        fcntl.ioctl(control, LOOP_CTL_ADD, number)
+        try:
+            yield f"loop{number}"
+        finally:
+            fcntl.ioctl(control, LOOP_CTL_REMOVE, number)
+    finally:
+        os.close(control)
+
+
+def test_an_empty_device_is_refused(tmp_path: Path, empty_loop: str) -> None:
+    with open(f"/sys/block/{empty_loop}/dev") as file:
         major, minor = map(int, file.read().split(":"))
     node = tmp_path / "empty"
     os.mknod(node, 0o60600, os.makedev(major, minor))

@@ -113,7 +113,7 @@ def test_no_write_is_lost_to_kills_while_swapping(
     written = BlockSet(device.block_count)
     for block in writer.written:
         written.add_run(block, 1)
-    assert durable.epochs > KILLS
+    assert durable.epochs >= KILLS // 2
     assert len(written) > 1000
     assert not written - found
     assert not found - written
