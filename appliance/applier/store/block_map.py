@@ -1,0 +1,123 @@
+"""Base and layers of one disk flattened into one map: where each block lives.
+
+Eight bytes a block; a map of a large disk lies in an unlinked sparse file, so that it costs disk
+cache rather than memory, and only where layers changed something.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from appliance.applier.store.extents import ZERO
+from daemon.durable import storage_error
+from replication.checksum import DIGEST_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from appliance.applier.store.extents import Extents
+    from appliance.applier.store.layer_reader import Layer
+
+IN_BASE = 0
+IS_ZERO = 1
+FIRST_DATA = 2
+"""Map values from here on are data blocks of the layers, numbered through all of them."""
+
+ANONYMOUS_BYTES_MAX = 64 << 20
+EXPAND_BLOCKS_MAX = 1 << 18
+_LONG_EXTENT_BLOCKS = 256
+
+
+class BlockMap:
+    """Where the blocks of one disk live at one position.
+
+    sources: per block IN_BASE, IS_ZERO, or FIRST_DATA + number of a data block.
+    digests: per data block two 64-bit words as they lie in the layers.
+    starts:  number of each layer's first data block, and the total at the end.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], disk: int, block_count: int, scratch_folder: str
+    ) -> None:
+        per_layer = [layer.extents().of_disk(disk) for layer in layers]
+        used = [len(extents.with_data()) > 0 for extents in per_layer]
+        counts = [
+            layer.header.data_blocks if is_used else 0
+            for layer, is_used in zip(layers, used, strict=True)
+        ]
+        self.starts = np.concatenate(([0], np.cumsum(np.array(counts, np.int64))))
+        total = int(self.starts[-1])
+        digests = _memory(total * DIGEST_BYTES, scratch_folder)
+        self.digests: npt.NDArray[np.uint64] = digests.view(np.uint64).reshape(total, 2)
+        self.sources: npt.NDArray[np.int64] = _memory(block_count * 8, scratch_folder).view(
+            np.int64
+        )
+        raw = digests.data
+        for layer, extents, first, count in zip(
+            layers, per_layer, self.starts.tolist(), counts, strict=False
+        ):
+            if count:
+                layer.digests(raw[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES])
+            self._paint(extents, first)
+
+    def _paint(self, extents: Extents, first: int) -> None:
+        sources = self.sources
+        values = np.where(extents.data == ZERO, IS_ZERO, extents.data + first + FIRST_DATA)
+        blocks = extents.block
+        counts = np.minimum(extents.count, np.maximum(0, len(sources) - blocks))
+        long = (counts > _LONG_EXTENT_BLOCKS) | (values == IS_ZERO)
+        for block, count, value in zip(
+            blocks[long].tolist(), counts[long].tolist(), values[long].tolist(), strict=True
+        ):
+            if value == IS_ZERO:
+                sources[block : block + count] = IS_ZERO
+            else:
+                sources[block : block + count] = np.arange(value, value + count)
+        blocks, counts, values = blocks[~long], counts[~long], values[~long]
+        at_once = max(1, EXPAND_BLOCKS_MAX // _LONG_EXTENT_BLOCKS)
+        if len(counts) and int(counts.max()) == 1:
+            at_once = EXPAND_BLOCKS_MAX
+        for at in range(0, len(blocks), at_once):
+            part = slice(at, at + at_once)
+            repeat = counts[part]
+            nth = np.arange(int(repeat.sum())) - np.repeat(np.cumsum(repeat) - repeat, repeat)
+            sources[np.repeat(blocks[part], repeat) + nth] = np.repeat(values[part], repeat) + nth
+
+    def layer_of(self, source: int) -> tuple[int, int]:
+        """Which layer holds ``source``, and its data block number there."""
+        number = source - FIRST_DATA
+        layer = int(np.searchsorted(self.starts, number, "right")) - 1
+        return layer, number - int(self.starts[layer])
+
+    def runs(self, block: int, count: int) -> tuple[list[int], list[int]]:
+        """First blocks (relative to ``block``) and sources of runs that lie together."""
+        sources = self.sources[block : block + count]
+        step = np.diff(sources)
+        is_data = sources >= FIRST_DATA
+        layer = np.searchsorted(self.starts, sources - FIRST_DATA, "right")
+        together = (is_data[:-1] & (step == 1) & (layer[1:] == layer[:-1])) | (
+            ~is_data[:-1] & (step == 0)
+        )
+        firsts = np.concatenate(([0], np.flatnonzero(~together) + 1))
+        return firsts.tolist(), sources[firsts].tolist()
+
+
+def _memory(size_bytes: int, scratch_folder: str) -> npt.NDArray[np.uint8]:
+    """Zeroed memory, sparse; in a nameless file when it is much."""
+    if size_bytes <= ANONYMOUS_BYTES_MAX:
+        return np.zeros(size_bytes, np.uint8)
+    try:
+        fd = os.open(scratch_folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, size_bytes)
+            return np.frombuffer(mmap.mmap(fd, size_bytes), np.uint8)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise storage_error("make room for a view in", scratch_folder, error) from error

@@ -1,0 +1,189 @@
+"""What opening a store does first: finish or forget what a crash interrupted.
+
+Source: docs/STORE.md §10.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from typing import TYPE_CHECKING
+
+from appliance.applier.store.base_record import BaseRecord
+from appliance.applier.store.catalogue import Catalogue, Chain
+from appliance.applier.store.fold import fold_layer
+from appliance.applier.store.layer_reader import Layer
+from appliance.applier.store.model import Damage, LayerRow, Point
+from daemon.durable import storage_error, sync_folder
+from replication.block_set import BLOCK_BYTES
+from replication.bookmark import Stamp
+from replication.errors import IntegrityError
+
+if TYPE_CHECKING:
+    import uuid
+
+    from appliance.applier.store.layer_format import LayerHeader
+
+_LAYER_NAME = re.compile(r"(\d{12})-(\d{12})\.layer")
+_CATALOGUE = "catalogue.sqlite"
+
+
+def open_catalogue(folder: str, machine: uuid.UUID, name: str, *, rebuild: bool) -> Catalogue:
+    """The catalogue of a locked machine folder; made from the layers when there is none.
+
+    The new one becomes visible by a rename, whole.
+    """
+    path = os.path.join(folder, _CATALOGUE)
+    if not rebuild:
+        try:
+            return Catalogue.open(path)
+        except FileNotFoundError:
+            pass
+    record = BaseRecord.read(folder)
+    if record is None:
+        record = BaseRecord(machine, name, point=None, folding_to=None)
+        record.write(folder)
+    if record.machine != machine:
+        raise IntegrityError(f"{folder} is the store of machine {record.machine}, not {machine}")
+    pending = os.path.join(folder, "incoming", _CATALOGUE)
+    try:
+        for suffix in ("", "-wal", "-shm"):
+            _unlink(pending + suffix)
+        with Catalogue.create(pending, machine, record.name, record.position) as made:
+            if record.point is not None:
+                made.add_base(record.point)
+            if record.folding_to is not None:
+                made.intend_fold(record.folding_to)
+            _adopt(folder, made)
+        for suffix in ("-wal", "-shm"):  # of a catalogue that is no more
+            _unlink(path + suffix)
+        os.rename(pending, path)
+        sync_folder(folder)
+    except OSError as error:
+        raise storage_error("write", path, error) from error
+    return Catalogue.open(path)
+
+
+def recover(folder: str, catalogue: Catalogue) -> None:
+    """Bring files and catalogue to agree; idempotent."""
+    _empty(os.path.join(folder, "incoming"))
+    chain = catalogue.chain()
+    if chain.folding_to is not None:
+        _recover_fold(folder, catalogue, chain, chain.folding_to)
+    _adopt(folder, catalogue)
+    named = {row.file for row in catalogue.chain().layers}
+    for name in os.listdir(os.path.join(folder, "layers")):
+        if f"layers/{name}" not in named:
+            _unlink(os.path.join(folder, "layers", name))
+
+
+def _recover_fold(folder: str, catalogue: Catalogue, chain: Chain, position: int) -> None:
+    row = next((row for row in chain.layers if row.last == position), None)
+    if row is None or not has_begun_fold(folder, position):
+        catalogue.intend_fold(None)
+        return
+    try:
+        finish_fold(folder, catalogue, row)
+    except IntegrityError:
+        # Positions before are torn and stay refused; those after need the layer, so they are too.
+        catalogue.add_damages([Damage(-1, -1, row.file, 0, b"", time.time_ns())])
+
+
+def has_begun_fold(folder: str, position: int) -> bool:
+    """Whether the base may hold blocks of the layer that ends at ``position``."""
+    record = BaseRecord.read(folder)
+    return record is not None and position in (record.folding_to, record.position)
+
+
+def finish_fold(folder: str, catalogue: Catalogue, row: LayerRow) -> None:
+    """Fold the oldest layer into the base, from the first step or again after a crash."""
+    chain = catalogue.chain()
+    base = chain.point(chain.base_position)
+    point = chain.point(row.last)
+    assert point is not None
+    assert row.first == chain.base_position + 1
+    path = os.path.join(folder, row.file)
+    try:
+        layer = Layer.open(path)
+    except FileNotFoundError as error:
+        raise IntegrityError(f"the store lacks {path}", hint="resync the machine") from error
+    with layer:
+        BaseRecord(chain.machine, chain.name, base, row.last).write(folder)
+        damages = fold_layer(layer, folder)
+    BaseRecord(chain.machine, chain.name, point, None).write(folder)
+    catalogue.folded(row, damages)
+    _unlink(path)
+
+
+def rename_into_layers(folder: str, path: str, header: LayerHeader) -> tuple[str, int]:
+    """Give a finished layer its name, durably; return it and the file's size."""
+    file = f"layers/{header.first:012d}-{header.last:012d}.layer"
+    try:
+        size_bytes = os.stat(path).st_size
+        os.rename(path, os.path.join(folder, file))
+        sync_folder(os.path.join(folder, "layers"))
+    except OSError as error:
+        raise storage_error("rename", path, error) from error
+    return file, size_bytes
+
+
+def _adopt(folder: str, catalogue: Catalogue) -> None:
+    """Add the layers that follow the head: sealed, but the catalogue never heard of them."""
+    while True:
+        newest = catalogue.newest()
+        position = newest.position if newest else 0
+        parent = newest.bookmark.stamp if newest else Stamp(0, 0)
+        for first, _, name in sorted(_layer_names(folder), key=lambda found: -found[1]):
+            path = os.path.join(folder, "layers", name)
+            if first == position + 1 and _adopt_one(catalogue, path, name, parent):
+                break
+        else:
+            return
+
+
+def _adopt_one(catalogue: Catalogue, path: str, name: str, parent: Stamp) -> bool:
+    try:
+        with Layer.open(path) as layer:
+            header = layer.header
+            if header.parent != parent or header.machine != catalogue.chain().machine:
+                return False
+            extents = layer.check_whole()
+    except IntegrityError:
+        return False  # it was never acknowledged; the changeset is applied again
+    catalogue.add(
+        LayerRow(header.first, header.last, f"layers/{name}", os.stat(path).st_size, len(extents)),
+        Point(
+            position=header.last,
+            bookmark=header.bookmark,
+            attempt=header.attempt,
+            applied_ns=header.applied_ns,
+            changed_bytes=extents.block_count * BLOCK_BYTES,
+            verified_ns=None,
+            disks=header.disks,
+        ),
+    )
+    return True
+
+
+def _layer_names(folder: str) -> list[tuple[int, int, str]]:
+    found = []
+    for name in os.listdir(os.path.join(folder, "layers")):
+        match = _LAYER_NAME.fullmatch(name)
+        if match:
+            found.append((int(match[1]), int(match[2]), name))
+    return found
+
+
+def _empty(folder: str) -> None:
+    for name in os.listdir(folder):
+        _unlink(os.path.join(folder, name))
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise storage_error("remove", path, error) from error
