@@ -1,0 +1,105 @@
+"""What the process server is told: where it listens, its spool, its cache account, its limits."""
+
+import uuid
+from typing import Self
+
+from pydantic import Field, SecretStr, model_validator
+
+from daemon.config import DaemonConfig, Section
+from daemon.service import ServiceConfig
+from daemon.tls import TlsFiles
+from replication.errors import ConfigError
+from replication.manifest import SEGMENT_BYTES_MAX
+
+PORT_DEFAULT = 9443
+SPOOL_BYTES_MIN = 2 * SEGMENT_BYTES_MAX
+
+
+class ListenConfig(Section):
+    """Where agents reach it. Port 0: any free one, told in the log."""
+
+    host: str = "0.0.0.0"  # noqa: S104 - agents come from other machines, with certificates
+    port: int = Field(default=PORT_DEFAULT, ge=0, le=65535)
+
+
+class SpoolConfig(Section):
+    """Where changesets wait until they are applied.
+
+    bytes_max: of all segments in it; a commit, which lets it drain, is taken beyond.
+    """
+
+    folder: str
+    bytes_max: int = Field(default=64 << 30, ge=SPOOL_BYTES_MIN)
+
+
+class CacheConfig(Section):
+    """The cache storage account, and how hard it is worked.
+
+    uploads_max:       blobs on their way at once, over all machines.
+    upload_bytes_max:  their bytes, which are in memory meanwhile.
+    watermark_seconds: between two looks at a machine's watermark while something of it is not
+                       applied; ``watermark_idle_seconds`` while all is.
+    recheck_seconds:   after which an upload that is not applied is looked for; doubled each time.
+    """
+
+    connection_string: SecretStr | None = None
+    connection_string_file: str | None = None
+    api_version: str = "2026-06-06"
+    uploads_max: int = Field(default=4, ge=1, le=64)
+    upload_bytes_max: int = Field(default=64 << 20, ge=SEGMENT_BYTES_MAX)
+    watermark_seconds: float = Field(default=1.0, gt=0)
+    watermark_idle_seconds: float = Field(default=5.0, gt=0)
+    recheck_seconds: float = Field(default=5.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_connection_string(self) -> Self:
+        if (self.connection_string is None) == (self.connection_string_file is None):
+            raise ValueError("give either connection_string or connection_string_file")
+        return self
+
+    def read_connection_string(self) -> str:
+        """Raise ConfigError when the file that is to hold it cannot be read."""
+        if self.connection_string is not None:
+            return self.connection_string.get_secret_value()
+        assert self.connection_string_file is not None
+        try:
+            with open(self.connection_string_file, encoding="utf-8") as file:
+                return file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"cannot read the connection string in {self.connection_string_file}: {error}"
+            ) from error
+
+
+class LimitConfig(Section):
+    """What a client may cost.
+
+    body_rate_bytes_per_second_min: a body that is slower on the whole, ``body_grace_seconds``
+                                    aside, is refused.
+    segments_in_flight_max:         bodies received at once; more wait for their turn.
+    header_seconds_max:             from the connection to its first whole request, and again for
+                                    the TLS handshake.
+    idle_seconds_max:               how long a connection without a request stays open.
+    """
+
+    body_rate_bytes_per_second_min: int = Field(default=64 << 10, ge=1)
+    body_grace_seconds: float = Field(default=10.0, gt=0)
+    segments_in_flight_max: int = Field(default=16, ge=1, le=256)
+    header_seconds_max: float = Field(default=10.0, gt=0)
+    idle_seconds_max: float = Field(default=120.0, gt=0)
+    retry_after_seconds: int = Field(default=1, ge=1)
+
+
+class Config(DaemonConfig):
+    """The process server's configuration file.
+
+    machines: who may send; empty: everyone who has a machine's certificate of the CA.
+    """
+
+    listen: ListenConfig = ListenConfig()
+    tls: TlsFiles
+    spool: SpoolConfig
+    cache: CacheConfig
+    limits: LimitConfig = LimitConfig()
+    machines: tuple[uuid.UUID, ...] = ()
+    service: ServiceConfig = ServiceConfig()

@@ -1,0 +1,77 @@
+"""The HTTPS listener: TLS 1.3 with client certificates, and patience with an end."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from appliance.process_server.config import LimitConfig, ListenConfig
+from daemon.tls import TlsFiles, server_context
+from replication.errors import ConfigError
+
+READ_BUFFER_BYTES = 256 << 10
+LINGER_SECONDS_MAX = 2.0
+DRAIN_SECONDS_MAX = 6.0
+ACCEPT_BACKLOG = 128
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+@contextlib.asynccontextmanager
+async def listen(
+    config: ListenConfig, tls: TlsFiles, limits: LimitConfig, handler: Handler
+) -> AsyncIterator[int]:
+    """Serve ``handler`` while the context is open; yields the port.
+
+    On leaving, requests that have begun are given DRAIN_SECONDS_MAX. Raises ConfigError when the
+    address or the certificates cannot be used.
+    """
+    loop = asyncio.get_running_loop()
+    silent: set[RequestHandler] = set()  # connected, and no whole request yet
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        silent.discard(request.protocol)
+        return await handler(request)
+
+    server = web.Server(
+        answer,
+        access_log=None,
+        keepalive_timeout=limits.idle_seconds_max,
+        lingering_time=LINGER_SECONDS_MAX,
+        read_bufsize=READ_BUFFER_BYTES,
+    )
+
+    def connect() -> RequestHandler:
+        protocol = server()
+        silent.add(protocol)
+        loop.call_later(limits.header_seconds_max, drop_silent, protocol)
+        return protocol
+
+    def drop_silent(protocol: RequestHandler) -> None:
+        if protocol in silent:
+            silent.discard(protocol)
+            if protocol.transport is not None:
+                protocol.transport.close()
+
+    try:
+        listener = await loop.create_server(
+            connect,
+            config.host,
+            config.port,
+            ssl=server_context(tls),
+            backlog=ACCEPT_BACKLOG,
+            ssl_handshake_timeout=limits.header_seconds_max,
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror or error}",
+            hint="see who holds the port with `ss -ltnp`, or configure another one",
+        ) from error
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        listener.close()
+        await server.shutdown(DRAIN_SECONDS_MAX)
+        await listener.wait_closed()

@@ -1,0 +1,159 @@
+"""What becomes of uploads: how far they are applied, which are forgotten, which are wanted again.
+
+A cache that is killed may forget what it acknowledged some seconds before, and what was put over.
+So an upload counts only when the applier's watermark has passed it; until then the spool keeps
+it, the cache is asked now and then whether it still has it, and what the applier misses is put
+again.
+"""
+
+import asyncio
+
+from appliance.process_server.cache_account import CacheAccount
+from appliance.process_server.config import CacheConfig
+from appliance.process_server.measures import Measures
+from appliance.process_server.persistence import Persistence
+from appliance.process_server.stream import Changeset, Stream, held_in_order
+from appliance.process_server.uploader import Uploader, note_uploaded
+from daemon.service import Health
+from replication.cache_layout import container_name, manifest_name, segment_name
+from replication.errors import PeerError
+from replication.watermark import Watermark
+
+RECHECK_SECONDS_MAX = 120.0
+WANTED_AGAIN_SECONDS = 10.0
+"""How long a blob that was put again is given before it is put once more."""
+
+
+class Watcher:
+    """Follows machines' watermarks."""
+
+    def __init__(
+        self,
+        cache: CacheAccount,
+        uploader: Uploader,
+        config: CacheConfig,
+        persistence: Persistence,
+        measures: Measures,
+        *,
+        health: Health,
+    ) -> None:
+        self._cache = cache
+        self._uploader = uploader
+        self._config = config
+        self._persistence = persistence
+        self._health = health
+        self._measures = measures
+
+    async def run(self, stream: Stream) -> None:
+        """Watch over ``stream`` until cancelled."""
+        etag: str | None = None
+        served: dict[str, float] = {}
+        while True:
+            etag = await self._persistence.insist(lambda etag=etag: self._look(stream, etag))  # type: ignore[misc]
+            await self._persistence.insist(lambda: self._recheck(stream))
+            await self._serve(stream, served)
+            await self._pause(stream)
+
+    async def _pause(self, stream: Stream) -> None:
+        if stream.unapplied:
+            await asyncio.sleep(self._config.watermark_seconds)
+            return
+        try:
+            async with asyncio.timeout(self._config.watermark_idle_seconds):
+                await stream.committed.wait()
+        except TimeoutError:
+            return
+
+    async def _look(self, stream: Stream, etag: str | None) -> str | None:
+        """Read the watermark if it is new; the ETag of what was read."""
+        found = await self._cache.watermark(stream.machine, etag)
+        if found is None:
+            return etag
+        part = f"watermark {stream.machine}"
+        try:
+            watermark = _read_watermark(stream, found.content)
+        except PeerError as error:
+            self._health.report(part, warning=f"{error}: the one before is kept")
+            return found.etag
+        lost = watermark.lost and f"{stream.machine} needs a new generation: {watermark.lost}"
+        self._health.report(part, warning=lost)
+        await stream.advance(watermark)
+        return found.etag
+
+    async def _recheck(self, stream: Stream) -> None:
+        """Look for what was uploaded a while ago and is not applied; put what is gone again."""
+        now = asyncio.get_running_loop().time()
+        due: dict[str, list[Changeset]] = {}
+        for changeset in held_in_order(stream):
+            if changeset.whole and changeset.recheck_at <= now:
+                container = container_name(stream.machine, changeset.stamp)
+                due.setdefault(container, []).append(changeset)
+        for container, changesets in due.items():
+            sizes = await self._cache.sizes(container)
+            for changeset in changesets:
+                await self._mend(stream, changeset, sizes)
+
+    async def _mend(self, stream: Stream, changeset: Changeset, sizes: dict[str, int]) -> None:
+        if changeset.stamp not in stream.held:
+            return
+        note_uploaded(changeset, sizes)
+        doubled = max(2 * changeset.recheck_seconds, self._config.recheck_seconds)
+        changeset.recheck_seconds = min(doubled, RECHECK_SECONDS_MAX)
+        if changeset.whole:
+            changeset.recheck_at = asyncio.get_running_loop().time() + changeset.recheck_seconds
+            return
+        self._measures.uploads_repeated.inc(len(changeset.segments) - len(changeset.uploaded))
+        changeset.whole = True  # it stays this task's, not the uploader's
+        await self._uploader.put_segments(stream, changeset)
+        if manifest_name(changeset.stamp.number) not in sizes:
+            self._measures.uploads_repeated.inc()
+        await self._uploader.put_manifest(stream, changeset)
+
+    async def _serve(self, stream: Stream, served: dict[str, float]) -> None:
+        """Put what the applier asks for over what is there."""
+        now = asyncio.get_running_loop().time()
+        wanted = stream.watermark.wanted
+        for name in [name for name in served if name not in wanted]:
+            del served[name]
+        absent = []
+        for name in wanted:
+            if now - served.get(name, -WANTED_AGAIN_SECONDS) < WANTED_AGAIN_SECONDS:
+                continue
+            if not await self._put_wanted(stream, name):
+                absent.append(name)
+            served[name] = asyncio.get_running_loop().time()
+        told = f"the applier asks for {absent[0]} and {len(absent) - 1} more" if absent else ""
+        if absent or not wanted:
+            self._health.report(
+                f"wanted {stream.machine}", warning=told and f"{told}; the spool has them not"
+            )
+
+    async def _put_wanted(self, stream: Stream, name: str) -> bool:
+        found = False
+        for changeset in list(held_in_order(stream)):
+            number, attempt = changeset.stamp.number, changeset.id.attempt
+            if not changeset.whole:
+                found = found or _names_it(changeset, name)
+                continue  # on its way for the first time
+            if name == manifest_name(number):
+                await self._uploader.put_manifest(stream, changeset, over=True)
+                found = True
+            for segment in changeset.segments:
+                if name == segment_name(number, attempt, segment.index):
+                    await self._uploader.put_segment(stream, changeset, segment, over=True)
+                    found = True
+        self._measures.uploads_repeated.inc(found)
+        return found
+
+
+def _read_watermark(stream: Stream, content: bytes) -> Watermark:
+    watermark = Watermark.from_bytes(content)
+    if watermark.machine != stream.machine:
+        raise PeerError(f"the watermark of {stream.machine} is of {watermark.machine}")
+    return watermark
+
+
+def _names_it(changeset: Changeset, name: str) -> bool:
+    number, attempt = changeset.stamp.number, changeset.id.attempt
+    names = [segment_name(number, attempt, one.index) for one in changeset.segments]
+    return name in (manifest_name(number), *names)
