@@ -23,6 +23,16 @@ def script(tmp_path: Path) -> MakeScript:
     return make
 
 
+def assert_all_end(pids: Path, count: int) -> None:
+    """Those whose numbers a script wrote down; a kill takes a moment to be felt."""
+    found = [int(pid) for pid in pids.read_text().split()]
+    assert len(found) == count
+    deadline = time.monotonic() + 5
+    while any(is_alive(pid) for pid in found):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
@@ -64,9 +74,9 @@ def test_script_that_hangs_is_ended_with_its_children(script: MakeScript, tmp_pa
     hanging = script(f"sleep 100 & echo $! $$ > {pids}; echo waiting for the lock; wait")
     started = time.monotonic()
     report = run_pre([hanging], 0.3)
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 5
     assert report.reason == f"{hanging} did not end within 0.3 s: waiting for the lock"
-    assert not any(is_alive(int(pid)) for pid in pids.read_text().split())
+    assert_all_end(pids, 2)
 
 
 def test_script_that_is_deaf_to_sigterm_is_killed(
@@ -77,8 +87,8 @@ def test_script_that_is_deaf_to_sigterm_is_killed(
     deaf = script(f"trap '' TERM; echo $$ > {pids}; while :; do sleep 0.1; done")
     started = time.monotonic()
     assert "did not end" in run_pre([deaf], 0.3).reason
-    assert time.monotonic() - started < 2
-    assert not is_alive(int(pids.read_text()))
+    assert time.monotonic() - started < 5
+    assert_all_end(pids, 1)
 
 
 def test_script_may_tidy_up_when_its_time_is_over(script: MakeScript, tmp_path: Path) -> None:
@@ -97,12 +107,7 @@ def test_children_left_behind_neither_hold_us_up_nor_live_on(
     started = time.monotonic()
     assert run_pre([script(body)], 20).ok
     assert time.monotonic() - started < 5
-    found = [int(pid) for pid in pids.read_text().split()]
-    assert len(found) == 30
-    deadline = time.monotonic() + 2
-    while any(is_alive(pid) for pid in found):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert_all_end(pids, 30)
 
 
 def test_loud_script_is_heard_to_its_last_line_in_bounded_memory(script: MakeScript) -> None:
@@ -114,7 +119,7 @@ def test_script_that_never_stops_talking_is_stopped(script: MakeScript) -> None:
     endless = script("yes understudy")
     started = time.monotonic()
     report = run_pre([endless], 0.3)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     assert report.reason.startswith(f"{endless} did not end within 0.3 s: ")
 
 
