@@ -5,10 +5,14 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
+from prometheus_client import Gauge
+
 from azure_emu.azurite import Azurite
 from azure_emu.config import Config
 from daemon.service import Service, fail, run_daemon
 from replication.errors import ConfigError
+
+HEALTH_INTERVAL_SECONDS = 0.25
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,9 +40,23 @@ async def _serve(config: Config, service: Service) -> None:
 
 
 async def _run(config: Config, service: Service) -> None:
-    async with Azurite(config.storage) as azurite:
+    async with Azurite(config.storage) as azurite, asyncio.TaskGroup() as tasks:
+        restarts = Gauge(
+            "understudy_azurite_restarts",
+            "How often a service of Azurite has been restarted",
+            registry=service.registry,
+        )
+        restarts.set_function(lambda: azurite.restarts)
+        tasks.create_task(azurite.watch(), name="supervision")
+        tasks.create_task(_report(azurite, service), name="health")
         service.ready(f"cache storage account {config.storage.account.name}")
-        await azurite.watch()
+
+
+async def _report(azurite: Azurite, service: Service) -> None:
+    while True:
+        down = ", ".join(azurite.down)
+        service.health.report("azurite", critical=f"{down}: being restarted" if down else "")
+        await asyncio.sleep(HEALTH_INTERVAL_SECONDS)
 
 
 if __name__ == "__main__":

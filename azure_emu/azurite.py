@@ -64,6 +64,11 @@ class Azurite:
         """How often a service has been restarted since the context was entered."""
         return sum(service.restarts for service in self._services)
 
+    @property
+    def down(self) -> tuple[str, ...]:
+        """The names of the services that do not answer now."""
+        return tuple(service.name for service in self._services if not service.is_ready)
+
     async def __aenter__(self) -> Self:
         node, environment = find_node(), self._environment()
         make_folder(self._config.data_folder)

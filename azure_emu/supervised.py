@@ -64,6 +64,11 @@ class Supervised:
         process = self._process
         return process.pid if process is not None and process.returncode is None else None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the service answered when it was last looked at, and has not died since."""
+        return self._ready.is_set()
+
     async def start(self) -> None:
         """Start the child and wait until it answers.
 

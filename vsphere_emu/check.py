@@ -21,6 +21,7 @@ _CHECKERS = {
     "xfs": ("xfs_repair", "-n"),
     "btrfs": ("btrfs", "check", "--readonly"),
 }
+LOG_BYTES_SHOWN = 2000
 # The source with the same UUID may be mounted on this very machine: XFS must be told.
 _OPTIONS = {"ext4": "rw", "xfs": "rw,nouuid", "btrfs": "rw"}
 
@@ -72,7 +73,7 @@ def check_database(data_image: str, wal_image: str, scratch_folder: str) -> Bala
             _mount(wal_image, wal_device, wal_point),
         )
         try:
-            sums = _sums(Database(data_point, wal_point), data_image)
+            sums = _sums(data_point, wal_point, data_image)
         finally:
             block_device.unmount(data_point)
             block_device.unmount(wal_point)
@@ -81,26 +82,32 @@ def check_database(data_image: str, wal_image: str, scratch_folder: str) -> Bala
         return sums
 
 
-def _sums(database: Database, image: str) -> BalanceSums:
-    link = os.path.join(database.folder, "pg_wal")
-    try:
-        os.unlink(link)  # it leads to the source's mount
-        os.symlink(database.wal_folder, link)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(database.folder, "postmaster.pid"))
-    except OSError as error:
-        raise IntegrityError(f"{image} holds no database: {error}") from error
-    try:
-        database.start()
-        sums = pgbench_invariant(database.socket_folder)
-        database.stop()
-    except IntegrityError:
-        raise
-    except ReplicationError as error:
-        raise IntegrityError(f"PostgreSQL does not recover from {image}: {error}") from error
-    finally:
-        database.kill()
-    return sums
+def _sums(data_point: str, wal_point: str, image: str) -> BalanceSums:
+    with tempfile.TemporaryFile() as log:
+        database = Database(data_point, wal_point, log=log.fileno())
+        link = os.path.join(database.folder, "pg_wal")
+        try:
+            os.unlink(link)  # it leads to the source's mount
+            os.symlink(database.wal_folder, link)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(database.folder, "postmaster.pid"))
+        except OSError as error:
+            raise IntegrityError(f"{image} holds no database: {error}") from error
+        try:
+            database.start()
+            sums = pgbench_invariant(database.socket_folder)
+            database.stop()
+        except IntegrityError:
+            raise
+        except ReplicationError as error:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_BYTES_SHOWN))
+            said = log.read().decode(errors="replace").strip()
+            raise IntegrityError(
+                f"PostgreSQL does not recover from {image}: {error}; it said: {said}"
+            ) from error
+        finally:
+            database.kill()
+        return sums
 
 
 @contextlib.contextmanager
@@ -109,7 +116,6 @@ def _copied(image: str, scratch_folder: str) -> Iterator[tuple[str, str]]:
     with tempfile.TemporaryDirectory(prefix="check-", dir=scratch_folder) as folder:
         copy, point = os.path.join(folder, "disk.img"), os.path.join(folder, "mount")
         os.mkdir(point)
-        os.chmod(folder, 0o755)  # noqa: S103 - the database's user passes through it
         run_tool("cp", "--sparse=always", "--reflink=auto", image, copy)
         os.chmod(copy, 0o600)  # a recovery point's own file is read-only
         try:

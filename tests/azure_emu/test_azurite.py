@@ -1,3 +1,4 @@
+import json
 import os
 import secrets
 import signal
@@ -5,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from azure.storage.queue.aio import QueueClient
 from azure_emu.azurite import AZURITE_API_VERSION, Azurite
 from azure_emu.config import Account, Storage, Tls
 from replication.errors import ConfigError
-from tests.azure_emu.fixtures import EmulatorProcess, free_ports
+from tests.azure_emu.fixtures import EmulatorProcess, await_closed, free_ports
 
 BODY = secrets.token_bytes(300_000)
 
@@ -92,6 +95,18 @@ async def test_sigterm_keeps_what_was_acknowledged(emulator: EmulatorProcess) ->
     assert await get(emulator.connection_string, "kept") == BODY
 
 
+def test_health_tells_of_an_outage_and_of_its_end(emulator: EmulatorProcess) -> None:
+    (port,) = free_ports(1)
+    emulator.config.write_text(f"{emulator.config.read_text()}\n[service]\nhealth_port = {port}\n")
+    emulator.start()
+    assert state(port) == "normal"
+    emulator.kill_services()
+    await_state(port, "critical")
+    await_state(port, "normal")
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        assert "understudy_azurite_restarts 2.0" in answer.read().decode()
+
+
 async def test_killed_services_are_restarted(emulator: EmulatorProcess) -> None:
     emulator.start()
     killed = emulator.service_pids
@@ -165,7 +180,7 @@ def test_taken_port_is_a_config_error_with_a_hint(emulator: EmulatorProcess, kin
     assert f"azurite {kind} cannot listen on 127.0.0.1:{port}: the port is in use" in done.stderr
     assert "ss -ltnp" in done.stderr
     assert "Traceback" not in done.stderr
-    emulator.start()  # the refused run holds nothing
+    await_closed(emulator.queue_port if kind == "blob" else emulator.blob_port)
 
 
 def test_signal_during_start_stops_it(emulator: EmulatorProcess) -> None:
@@ -214,3 +229,18 @@ def make_certificate(folder: Path) -> tuple[str, str]:
         [*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True
     )
     return certificate, key
+
+
+def state(port: int) -> str:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
+            return str(json.load(answer)["state"])
+    except urllib.error.HTTPError as error:
+        return str(json.load(error)["state"])
+
+
+def await_state(port: int, wanted: str) -> None:
+    deadline = time.monotonic() + 30
+    while state(port) != wanted:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 from daemon.durable import storage_error, sync_folder
 from replication.errors import ConfigError, IntegrityError, UnavailableError
@@ -48,13 +49,17 @@ class BalanceSums:
 
 
 class Database:
-    """A server over ``<data_mount>/postgresql`` with its log in ``<wal_mount>/wal``."""
+    """A server over ``<data_mount>/postgresql``, its write-ahead log in ``<wal_mount>/wal``.
 
-    def __init__(self, data_mount: str, wal_mount: str) -> None:
+    log: the descriptor that takes what the server says; standard error if not given.
+    """
+
+    def __init__(self, data_mount: str, wal_mount: str, *, log: int = 2) -> None:
         self.folder = os.path.join(data_mount, "postgresql")
         self.wal_folder = os.path.join(wal_mount, "wal")
         self.socket_folder = socket_folder(data_mount)
-        self._wal_mount = wal_mount
+        self._mounts = (data_mount, wal_mount)
+        self._log = log
         self._binaries = find_binaries()
         self._server: subprocess.Popen[bytes] | None = None
 
@@ -67,23 +72,35 @@ class Database:
             shutil.rmtree(half_made, ignore_errors=True)
             os.mkdir(half_made, 0o700)
             _give(half_made)
-        options = ["-U", USER, "-A", "trust", "-E", "UTF8", "--no-locale", "--data-checksums"]
+        options = [
+            "-U",
+            USER,
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--no-locale",
+            "--data-checksums",
+            "--no-sync",
+        ]
         run_tool(*self._command("initdb", *options, "-X", self.wal_folder, "-D", pending))
         final, self.folder = self.folder, pending
         try:
-            self.start()
+            self.start(fsync="off")  # a crash now leaves what the next run throws away
             run_tool(*self.client("pgbench", "-i", "-q", "-s", str(scale), USER))
             self.stop()
         finally:
             self.kill()
             self.folder = final
+        for mount in self._mounts:
+            run_tool("sync", "--file-system", mount)
         os.rename(pending, final)
         sync_folder(os.path.dirname(final))
 
-    def start(self) -> None:
+    def start(self, *, fsync: Literal["on", "off"] = "on") -> None:
         """Start the server; return when it takes connections, after its recovery.
 
-        Its output goes to our standard error. Raises UnavailableError when it ends instead.
+        Raises UnavailableError when it ends instead.
         """
         _make_socket_folder(self.socket_folder)
         settings = {
@@ -93,12 +110,14 @@ class Database:
             "shared_buffers": "64MB",
             "max_wal_size": f"{self._wal_megabytes()}MB",
             "checkpoint_timeout": "60s",
+            "fsync": fsync,
         }
         options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
         self._server = subprocess.Popen(
             self._command("postgres", "-D", self.folder, *options, death_signal="QUIT"),
             stdin=subprocess.DEVNULL,
-            stdout=2,
+            stdout=self._log,
+            stderr=self._log,
             start_new_session=True,
         )
         deadline = time.monotonic() + START_SECONDS_MAX
@@ -106,7 +125,7 @@ class Database:
             if self._server.poll() is not None:
                 raise UnavailableError(
                     f"PostgreSQL ended at its start with exit code {self._server.returncode}",
-                    hint="its reason is in the lines above",
+                    hint="what it said last tells why",
                 )
             if time.monotonic() > deadline:
                 self.kill()
@@ -154,7 +173,7 @@ class Database:
         return [*command, "--", f"{self._binaries}/{program}", *arguments]
 
     def _wal_megabytes(self) -> int:
-        space = os.statvfs(self._wal_mount)
+        space = os.statvfs(self._mounts[1])
         quarter = space.f_blocks * space.f_frsize // (4 << 20)
         return max(WAL_MEGABYTES_MIN, min(WAL_MEGABYTES_MAX, quarter))
 
