@@ -1,15 +1,6 @@
-"""The agent's main loop: when to take a changeset, and what is remembered around it.
+"""The agent's main loop: when to take a changeset, and how it goes out.
 
-The order of the durable steps around a commit:
-
-1. the blocks of the changeset are written beside the state (``retain``);
-2. the state says that its commit is pending (number and attempt);
-3. the commit is sent and acknowledged;
-4. the state says that it is committed, and ``todo`` no longer holds its blocks: one write.
-
-A crash before 3 leaves a pending commit that the process server does not know: dropped, taken anew.
-A crash after 3 leaves one that it knows: finished at the next start. Between 2 and 4 the trackers
-are not swapped, so ``todo`` does not change and step 4 can be repeated.
+What is remembered around it, and in which order, is in ``bookkeeping.py``.
 """
 
 import asyncio
@@ -17,29 +8,22 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import structlog
 
+from agents.mobility.bookkeeping import finish, learn_applied, make_pending, settle, take_up_repair
 from agents.mobility.capture import Capture, Taken
 from agents.mobility.config import AgentConfig
 from agents.mobility.frame_builder import SegmentBuilder
 from agents.mobility.freeze import Freezer
-from agents.mobility.reconcile import (
-    DropPending,
-    FinishPending,
-    Fold,
-    GoOn,
-    NewGeneration,
-    reconcile,
-)
 from agents.mobility.source import SourceDisk, is_dirty
 from agents.mobility.status import AgentStatus, ChangesetRecord
 from agents.mobility.stream_client import StreamClient
-from agents.mobility.stream_state import Pending, StreamStateFile, merge, size_of, subtract
+from agents.mobility.stream_state import Pending, StreamStateFile, size_of
 from agents.mobility.upload import upload
 from daemon.service import Service
-from replication.block_set import BlockSet
+from replication.block_set import BLOCK_BYTES
 from replication.bookmark import Bookmark, Stamp
 from replication.envelope import AttemptSealer
 from replication.errors import (
@@ -58,7 +42,6 @@ IDLE_POLL_SECONDS = 15.0
 SEALING_THREADS = 2
 TROUBLE_SECONDS = 2.0
 REPORT_SECONDS = 1.0
-RECONCILE_STEPS_MAX = 8
 
 
 @dataclass(slots=True)
@@ -159,104 +142,23 @@ class Replicator:
     async def _learn(self, stream: StreamState) -> None:
         self._stream = stream
         applied = stream.watermark.applied
-        position = self._state.position
-        if applied.generation == position.generation and applied > position.applied:
-            self._state.position = replace(position, applied=applied)
-        retained = self._state.retained()
-        done = [n for n in retained if n <= self._state.position.applied.number]
-        if self._state.position.applied.generation == position.generation and done:
-            await asyncio.to_thread(self._let_go, done)
-        waiting = len(retained) - len(done)
+        waiting = await asyncio.to_thread(learn_applied, self._state, applied)
         self._clock.poll_at = time.monotonic() + (POLL_SECONDS if waiting else IDLE_POLL_SECONDS)
         self.status.learn(stream, self._state)
 
-    def _let_go(self, applied: Sequence[int]) -> None:
-        """Drop block sets of applied changesets, once it is durable that they are applied."""
-        self._state.save()
-        self._state.forget(applied)
-
     async def _reconcile(self, stream: StreamState) -> None:
-        """Bring memory and process server together; see ``reconcile.py`` for the decisions."""
-        log = structlog.get_logger()
-        for _ in range(RECONCILE_STEPS_MAX):
-            decision = reconcile(
-                self._state.position,
-                self._state.retained(),
-                stream,
-                interrupted=self._interrupted,
-            )
-            match decision:
-                case GoOn():
-                    break
-                case FinishPending():
-                    log.info("the pending changeset had been acknowledged")
-                    await asyncio.to_thread(self._finish)
-                case DropPending():
-                    log.info("the pending changeset had not been acknowledged; it is taken anew")
-                    await asyncio.to_thread(self._drop_pending)
-                case Fold(since=since, lost=lost):
-                    log.warning(
-                        "changesets were lost upstream; sending again", since=since, lost=lost
-                    )
-                    await asyncio.to_thread(self._fold, since, lost)
-                case NewGeneration(reason=reason):
-                    log.warning("a new generation begins", reason=reason)
-                    await asyncio.to_thread(self._begin_generation, stream)
-        else:
-            raise PeerError("agent and process server do not come to agree")
+        """Bring memory and process server together."""
+        await asyncio.to_thread(
+            settle,
+            self._state,
+            stream,
+            {disk.index: disk.block_count for disk in self._disks},
+            {disk.index: disk.device.identity for disk in self._disks},
+            interrupted=self._interrupted,
+        )
+        self._interrupted = ""
         self._check_disks()
         self._clock.changeset_at = 0.0
-
-    def _finish(self) -> None:
-        """Take note of an acknowledged commit: step 4."""
-        pending = self._state.position.pending
-        assert pending is not None
-        number = pending.stamp.number
-        subtract(self._state.todo, self._state.read_retained(number))
-        position = self._state.position
-        self._state.save(
-            committed=number,
-            attempt=pending.attempt,
-            since=number,
-            pending=None,
-            seeded=position.seeded or pending.whole,
-            repaired=position.repairing if pending.whole else position.repaired,
-        )
-
-    def _drop_pending(self) -> None:
-        """The commit was not taken: its blocks are still in ``todo``."""
-        pending = self._state.position.pending
-        assert pending is not None
-        self._state.save(pending=None)
-        self._state.forget([pending.stamp.number])
-
-    def _fold(self, since: int, lost: tuple[int, ...]) -> None:
-        for number in lost:
-            merge(self._state.todo, self._state.read_retained(number))
-        self._state.save(since=since)
-        self._state.forget(lost)
-
-    def _begin_generation(self, stream: StreamState) -> None:
-        """All blocks of all disks are to do; the trackers run already, so none is missed."""
-        known = (
-            self._state.position.generation,
-            stream.committed.generation,
-            stream.watermark.applied.generation,
-        )
-        self._state.todo = {disk.index: BlockSet.full(disk.block_count) for disk in self._disks}
-        self._state.save(
-            generation=max(known) + 1,
-            committed=0,
-            since=0,
-            pending=None,
-            seeded=False,
-            repaired=stream.watermark.repair.request,
-            repairing=stream.watermark.repair.request,
-            audit_chunk=0,
-            identities={disk.index: disk.device.identity for disk in self._disks},
-        )
-        self._state.drop_strays()
-        self._interrupted = ""
 
     def _check_disks(self) -> None:
         """A disk whose size has changed under us is another disk to the tracker."""
@@ -268,27 +170,12 @@ class Replicator:
                     hint="the agent starts again and begins a new generation if the disk grew",
                 )
 
-    def _take_up_repair(self) -> None:
-        """Add what the applier asks for to ``todo``, durably."""
-        if self._stream is None:
-            return
-        repair = self._stream.watermark.repair
-        if repair.request <= self._state.position.repairing:
-            return
-        for run in repair.runs:
-            blocks = self._state.todo.get(run.disk)
-            if blocks is not None and run.block < blocks.block_count:
-                blocks.add_run(run.block, min(run.count, blocks.block_count - run.block))
-        self._state.save(repairing=repair.request)
-        structlog.get_logger().warning(
-            "blocks are sent again for repair", request=repair.request, runs=len(repair.runs)
-        )
-
     async def _changeset(self, *, app: bool) -> None:
         """Take one changeset, send it, commit it."""
         began = time.monotonic()
         self._check_disks()
-        await asyncio.to_thread(self._take_up_repair)
+        if self._stream is not None:
+            await asyncio.to_thread(take_up_repair, self._state, self._stream.watermark.repair)
         position = self._state.position
         stamp = Stamp(position.generation, position.committed + 1)
         sealer = AttemptSealer(
@@ -315,9 +202,15 @@ class Replicator:
         finally:
             reporting.cancel()
         manifest = self._manifest(sealer, taken, builder)
-        await asyncio.to_thread(self._make_pending, manifest, taken)
+        await asyncio.to_thread(
+            make_pending,
+            self._state,
+            Pending(stamp, manifest.attempt, taken.whole),
+            taken.sent,
+            audit_chunk=taken.audit_chunk,
+        )
         stream = await self._client.commit(stamp, manifest.seal(sealer))
-        await asyncio.to_thread(self._finish)
+        await asyncio.to_thread(finish, self._state)
         self.status.committed_changeset(
             ChangesetRecord.of(manifest, time.monotonic() - began, size_of(self._state.todo))
         )
@@ -355,7 +248,7 @@ class Replicator:
             attempt=sealer.attempt,
             disks=tuple(disk.shape for disk in self._disks),
             segments=tuple(builder.entries),
-            changed_bytes=builder.changed_blocks * 4096,
+            changed_bytes=builder.changed_blocks * BLOCK_BYTES,
             captured_ns=taken.captured_ns,
             pause_ns=taken.pause_ns,
             initial=not position.seeded and not taken.whole,
@@ -363,14 +256,6 @@ class Replicator:
             applied=position.applied,
             tracker=self._config.tracker,
             audit=taken.audit,
-        )
-
-    def _make_pending(self, manifest: Manifest, taken: Taken) -> None:
-        """Steps 1 and 2."""
-        self._state.retain(manifest.stamp.number, manifest.since, taken.sent)
-        self._state.save(
-            pending=Pending(manifest.stamp, manifest.attempt, taken.whole),
-            audit_chunk=taken.audit_chunk,
         )
 
     def _schedule(self, began: float, taken: Taken, *, app: bool) -> None:
