@@ -1,0 +1,175 @@
+"""The manifests of one machine that lie in the cache, and which of them comes next.
+
+Containers are listed no further than it takes to find the next changeset, so that a long backlog
+costs no more than a short one.
+"""
+
+import uuid
+from collections import deque
+from dataclasses import dataclass, replace
+
+from appliance.applier.apply import Opened
+from appliance.applier.cache_account import CacheAccount
+from appliance.applier.succession import (
+    DAMAGED,
+    UNREAD,
+    Apply,
+    Gap,
+    Idle,
+    Read,
+    Unread,
+    follow,
+)
+from replication.bookmark import NOTHING, Stamp
+from replication.cache_layout import (
+    CONTAINER_CHANGESETS,
+    MANIFEST_PREFIX,
+    container_last,
+    machine_prefix,
+    manifest_name,
+    manifest_number,
+)
+from replication.envelope import AttemptKey
+from replication.errors import IntegrityError, PeerError
+from replication.manifest import MANIFEST_BYTES_MAX, Manifest, open_manifest
+
+CONTAINERS_LISTED_MAX = 256
+"""In one look: 16,384 changesets, about a day of them at one in five seconds."""
+
+TOLD_COUNT_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A manifest that a listing shows; ``since`` once it was read."""
+
+    container: str
+    version: str
+    since: int | Unread = UNREAD
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A manifest that cannot be used: which blob, and why."""
+
+    name: str
+    message: str
+
+
+class Inbox:
+    """What waits for one machine.
+
+    containers: all of the machine's, as of the last look.
+    newest:     the newest changeset that is known to exist, or its container's first.
+    """
+
+    def __init__(self, account: CacheAccount, machine: uuid.UUID, data_key: bytes) -> None:
+        self._account = account
+        self._machine = machine
+        self._data_key = data_key
+        self._seen: dict[Stamp, Seen] = {}
+        self._before: dict[Stamp, Seen] = {}
+        self._unlisted: deque[str] = deque()
+        self._opened: Opened | None = None
+        self._told: set[tuple[Stamp, str]] = set()
+        self._faults: list[Fault] = []
+        self.containers: list[str] = []
+        self.newest = NOTHING
+
+    async def look(self, head: Stamp) -> None:
+        """Find out anew which containers there are; ``next`` lists what it needs of them."""
+        names = await self._account.containers(machine_prefix(self._machine))
+        lasts = {name: last for name in names if (last := container_last(name)) is not None}
+        self.containers = sorted(lasts, key=lambda name: lasts[name])
+        waiting = [name for name in self.containers if lasts[name] > head]
+        # The newest generation first: its stream has taken the place of the older ones.
+        waiting.sort(key=lambda name: (-lasts[name].generation, lasts[name].number))
+        self._before, self._seen = self._seen, {}
+        self._unlisted = deque(waiting[:CONTAINERS_LISTED_MAX])
+        for last in lasts.values():
+            first = max(1, last.number + 1 - CONTAINER_CHANGESETS)
+            self.newest = max(self.newest, Stamp(last.generation, first))
+
+    async def next(self, head: Stamp) -> Opened | Gap | Idle:
+        """The changeset to apply to ``head``, or why there is none."""
+        while True:
+            step = follow(head, {stamp: seen.since for stamp, seen in self._seen.items()})
+            match step:
+                case Read(stamp):
+                    await self._read(stamp)
+                case Apply(stamp):
+                    if self._opened is not None and self._opened.manifest.stamp == stamp:
+                        return self._opened
+                    self._seen[stamp] = replace(self._seen[stamp], since=UNREAD)
+                case _ if self._unlisted:
+                    await self._list(self._unlisted.popleft())
+                case Gap() | Idle():
+                    return step
+
+    def refuse(self, stamp: Stamp, message: str) -> None:
+        """Pass ``stamp`` over until its manifest is put again: it is authentic, and unusable."""
+        self._mark(stamp, message)
+
+    def doubt(self) -> None:
+        """Read again what could not be used: it may have been mended, or misread."""
+        for stamp, seen in self._seen.items():
+            if seen.since is DAMAGED:
+                self._seen[stamp] = replace(seen, since=UNREAD)
+
+    def forget(self, head: Stamp) -> None:
+        """Drop what is not after ``head``."""
+        self._seen = {stamp: seen for stamp, seen in self._seen.items() if stamp > head}
+        self._opened = None
+
+    def take_faults(self) -> list[Fault]:
+        """Each damaged manifest once for each time that it was put."""
+        faults, self._faults = self._faults, []
+        return faults
+
+    async def _list(self, container: str) -> None:
+        last = container_last(container)
+        assert last is not None
+        for blob in await self._account.blobs(container, MANIFEST_PREFIX):
+            number = manifest_number(blob.name)
+            if number is None:
+                continue
+            stamp = Stamp(last.generation, number)
+            before = self._before.get(stamp)
+            known = before is not None and before.version == blob.version
+            self._seen[stamp] = before if known and before else Seen(container, blob.version)
+            self.newest = max(self.newest, stamp)
+
+    async def _read(self, stamp: Stamp) -> None:
+        seen = self._seen[stamp]
+        name = manifest_name(stamp.number)
+        raw = await self._account.read(seen.container, name, MANIFEST_BYTES_MAX)
+        if raw is None:
+            self._mark(stamp, "it is listed and cannot be read")
+            return
+        try:
+            manifest, key = self._open(raw, stamp)
+        except (PeerError, IntegrityError) as error:
+            self._mark(stamp, str(error))
+            return
+        self._opened = Opened(manifest, key, seen.container)
+        self._seen[stamp] = replace(seen, since=manifest.since)
+
+    def _open(self, raw: bytes, stamp: Stamp) -> tuple[Manifest, AttemptKey]:
+        manifest, key = open_manifest(raw, self._data_key)
+        if (manifest.machine, manifest.stamp) != (self._machine, stamp):
+            raise IntegrityError(
+                f"it is the manifest of {manifest.stamp} of {manifest.machine}, in the place of"
+                f" that of {stamp} of {self._machine}"
+            )
+        return manifest, key
+
+    def _mark(self, stamp: Stamp, message: str) -> None:
+        seen = self._seen[stamp]
+        self._seen[stamp] = replace(seen, since=DAMAGED)
+        if (stamp, seen.version) in self._told:
+            return
+        if len(self._told) >= TOLD_COUNT_MAX:
+            self._told.clear()
+        self._told.add((stamp, seen.version))
+        name = f"{seen.container}/{manifest_name(stamp.number)}"
+        self._faults.append(Fault(name, f"{name}: {message}"))

@@ -1,0 +1,139 @@
+"""What a machine's store needs beside changesets: audits, repairs, thinning, a slow scrub.
+
+All bounded and second to applying. What is found wrong goes into ``events.jsonl`` and
+``repair.json`` of the machine's folder before anybody is told.
+"""
+
+import time
+from collections.abc import Sequence
+
+from appliance.applier.audit import Finding, audit_chunks, find_unreadable
+from appliance.applier.config import ApplierConfig
+from appliance.applier.event_record import EventRecord
+from appliance.applier.metrics import ApplierMetrics
+from appliance.applier.repair_book import RepairBook
+from appliance.applier.scrub import SLICE_BYTES_MAX, Scrub
+from appliance.applier.settled import settled
+from appliance.applier.store.machine_store import MachineStore
+from replication.manifest import Manifest
+from replication.watermark import Repair, RepairRun
+
+BUSY_SECONDS = 60.0
+"""Between two rounds while changesets come one after another."""
+
+IDLE_SECONDS = 2.0
+LONG_AUDIT_SECONDS = 0.5
+AUDIT_SHARE = 0.1
+"""Audits that take long (a view of many layers) get this much of the time, not more."""
+
+_NS = 1_000_000_000
+
+
+class Keeping:
+    """One open store's keeper."""
+
+    def __init__(
+        self, store: MachineStore, config: ApplierConfig, metrics: ApplierMetrics, name: str
+    ) -> None:
+        self._store = store
+        self._config = config
+        self._metrics = metrics
+        self._name = name
+        self._events = EventRecord(store.folder)
+        self._book = RepairBook(store.folder)
+        self._book.ask_again()
+        self._scrub = Scrub()
+        self._tended_at = 0.0
+        self._audit_at = 0.0
+        self._scrubbed_at = time.monotonic()
+        self._restorable_ns = max(
+            (
+                point.bookmark.time_ns
+                for point in store.points()
+                if point.bookmark.consistency.restorable
+            ),
+            default=0,
+        )
+        self._count()
+
+    @property
+    def restorable_ns(self) -> int:
+        """Time of the newest recovery point, 0 for none."""
+        return self._restorable_ns
+
+    @property
+    def repair(self) -> Repair:
+        return self._book.repair
+
+    @property
+    def lost(self) -> str:
+        return self._book.lost
+
+    @property
+    def newest_event(self) -> str:
+        """The message of the newest event, or empty."""
+        return self._events.events[-1].message if self._events.events else ""
+
+    def tell(self, code: str, message: str) -> None:
+        """Record an integrity event."""
+        self._events.tell(time.time_ns(), code, message)
+        self._metrics.integrity_events.labels(self._name).inc()
+
+    async def check(self, position: int, manifest: Manifest) -> None:
+        """After a changeset was sealed: is it, with all below it, what the source had?"""
+        if manifest.bookmark.consistency.restorable:
+            self._restorable_ns = manifest.bookmark.time_ns
+        runs, findings = await settled(self._check, position, manifest)
+        self._take(findings, closing=runs)
+        self._count()
+
+    async def tend(self, *, busy: bool) -> None:
+        """Thin and scrub, if it is time."""
+        now = time.monotonic()
+        if now < self._tended_at + (BUSY_SECONDS if busy else IDLE_SECONDS):
+            return
+        self._tended_at = now
+        rate = self._config.scrub_bytes_per_second
+        earned = min(SLICE_BYTES_MAX, int(rate * (now - self._scrubbed_at)))
+        self._scrubbed_at = now
+        if earned:
+            done_bytes, findings = await settled(self._scrub.run, self._store, earned)
+            self._metrics.scrubbed_bytes.labels(self._name).inc(done_bytes)
+            self._take(findings)
+            self._count()
+
+    def _check(
+        self, position: int, manifest: Manifest
+    ) -> tuple[Sequence[RepairRun], list[Finding]]:
+        self._book.fit(manifest.disks)
+        # A new generation brings what differs; what cannot be read it cannot compare.
+        fresh = manifest.since == 0
+        runs = self._book.open_runs if fresh else self._book.fulfilled(manifest.repaired)
+        findings = find_unreadable(self._store, position, runs)
+        now = time.monotonic()
+        if manifest.audit and _is_comparable(manifest) and now >= self._audit_at:
+            findings += audit_chunks(self._store, position, manifest.audit, manifest.disks)
+            took = time.monotonic() - now
+            if took > LONG_AUDIT_SECONDS:
+                self._audit_at = now + took / AUDIT_SHARE
+        return runs, findings
+
+    def _take(self, findings: Sequence[Finding], *, closing: Sequence[RepairRun] = ()) -> None:
+        asked = self._book.ask([finding.run for finding in findings], closing=closing)
+        for finding in findings:
+            run = finding.run
+            if any(
+                fresh.disk == run.disk and fresh.block <= run.block < fresh.block + fresh.count
+                for fresh in asked
+            ):
+                self.tell(finding.code, finding.message)
+
+    def _count(self) -> None:
+        metrics = self._metrics
+        metrics.restorable_time_seconds.labels(self._name).set(self._restorable_ns / _NS)
+        metrics.repair_runs.labels(self._name).set(len(self._book.open_runs))
+
+
+def _is_comparable(manifest: Manifest) -> bool:
+    """Whether the sample and the blocks are of one instant, and all blocks have been sent."""
+    return manifest.bookmark.consistency.restorable and not manifest.initial

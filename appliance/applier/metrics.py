@@ -1,0 +1,29 @@
+"""What an applier counts, by machine name."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+_BY_MACHINE = ("machine",)
+
+
+class ApplierMetrics:
+    """Counters and gauges in a daemon's registry; every one has the label ``machine``."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, what: str) -> Counter:
+            return Counter(f"understudy_applier_{name}", what, _BY_MACHINE, registry=registry)
+
+        def gauge(name: str, what: str) -> Gauge:
+            return Gauge(f"understudy_applier_{name}", what, _BY_MACHINE, registry=registry)
+
+        self.changesets = counter("changesets", "Changesets applied")
+        self.sent_bytes = counter("sent_bytes", "Bytes of the segments applied, as they travelled")
+        self.changed_bytes = counter("changed_bytes", "Bytes of the blocks applied")
+        self.integrity_events = counter("integrity_events", "Bytes found that were not as sealed")
+        self.lag_changesets = gauge("lag_changesets", "Changesets seen that are not applied")
+        self.restorable_time_seconds = gauge(
+            "restorable_time_seconds", "Time of the newest recovery point, seconds since 1970 UTC"
+        )
+        self.wanted_blobs = gauge("wanted_blobs", "Blobs asked for because they are missing or bad")
+        self.repair_runs = gauge("repair_runs", "Runs of blocks that the source must send again")
+        self.lease_held = gauge("lease_held", "1 while this applier owns the machine")
+        self.scrubbed_bytes = counter("scrubbed_bytes", "Bytes re-read against their digests")

@@ -1,0 +1,3 @@
+from tests.azure_emu.fixtures import azurite
+
+__all__ = ["azurite"]
