@@ -5,6 +5,7 @@ from appliance.applier.store.layer_writer import LayerWriter
 from appliance.applier.store.machine_store import MachineStore
 from appliance.applier.store.model import Damage, Head, LayerRow, Point, RottenBlockError
 from appliance.applier.store.reader_store import ReaderStore, machines_in, open_reader
+from appliance.applier.store.thinning import ThinReport
 from appliance.applier.store.view import Run, View
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ReaderStore",
     "RottenBlockError",
     "Run",
+    "ThinReport",
     "View",
     "machines_in",
     "open_reader",

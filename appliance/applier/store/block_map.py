@@ -17,7 +17,7 @@ from daemon.durable import storage_error
 from replication.checksum import DIGEST_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -29,7 +29,12 @@ IS_ZERO = 1
 FIRST_DATA = 2
 """Map values from here on are data blocks of the layers, numbered through all of them."""
 
-ANONYMOUS_BYTES_MAX = 64 << 20
+LAYER_BASE = -1
+LAYER_ZERO = -2
+
+ANONYMOUS_BYTES_MAX = 256 << 20
+"""The map of a disk of 128 GiB; only what layers touch takes memory."""
+
 EXPAND_BLOCKS_MAX = 1 << 18
 _LONG_EXTENT_BLOCKS = 256
 
@@ -95,17 +100,29 @@ class BlockMap:
         layer = int(np.searchsorted(self.starts, number, "right")) - 1
         return layer, number - int(self.starts[layer])
 
-    def runs(self, block: int, count: int) -> tuple[list[int], list[int]]:
-        """First blocks (relative to ``block``) and sources of runs that lie together."""
+    def runs(self, block: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """``(first, end, layer, data block)`` of runs that lie together, in order.
+
+        first and end count from ``block``; layer is LAYER_BASE or LAYER_ZERO for what no layer
+        holds, and the data block then means nothing.
+        """
         sources = self.sources[block : block + count]
         step = np.diff(sources)
         is_data = sources >= FIRST_DATA
-        layer = np.searchsorted(self.starts, sources - FIRST_DATA, "right")
+        layer = np.searchsorted(self.starts, sources - FIRST_DATA, "right") - 1
         together = (is_data[:-1] & (step == 1) & (layer[1:] == layer[:-1])) | (
             ~is_data[:-1] & (step == 0)
         )
         firsts = np.concatenate(([0], np.flatnonzero(~together) + 1))
-        return firsts.tolist(), sources[firsts].tolist()
+        layers = np.where(is_data, layer, np.where(sources == IN_BASE, LAYER_BASE, LAYER_ZERO))
+        numbers = sources - FIRST_DATA - self.starts[layer]
+        return zip(
+            firsts.tolist(),
+            [*firsts[1:].tolist(), count],
+            layers[firsts].tolist(),
+            numbers[firsts].tolist(),
+            strict=True,
+        )
 
 
 def _memory(size_bytes: int, scratch_folder: str) -> npt.NDArray[np.uint8]:

@@ -19,9 +19,10 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from appliance.applier.store.extents import overlay
+from appliance.applier.store.healing import heal
 from appliance.applier.store.layer_reader import Layer
 from appliance.applier.store.layer_writer import LayerFile, LayerWriter
-from appliance.applier.store.merge import merge_layers
+from appliance.applier.store.merge import MERGE_LAYERS_MAX, merge_layers
 from appliance.applier.store.model import Damage, Head, LayerRow, Point
 from appliance.applier.store.pins import lowest_pin
 from appliance.applier.store.reader_store import ReaderStore, machine_folder
@@ -33,6 +34,7 @@ from appliance.applier.store.recovery import (
     rename_into_layers,
 )
 from appliance.applier.store.succession import check_follows, check_shapes, zeros_of_lost_blocks
+from appliance.applier.store.thinning import THIN_BYTES_MAX, ThinReport, thin
 from daemon.durable import make_folder, storage_error
 from replication.block_set import BLOCK_BYTES
 from replication.errors import ConfigError, IntegrityError, UnavailableError
@@ -41,12 +43,10 @@ if TYPE_CHECKING:
     import uuid
     from collections.abc import Callable, Sequence
 
+    from appliance.applier.retention import RetentionPolicy
     from appliance.applier.store.catalogue import Catalogue, Chain
     from appliance.applier.store.view import View
     from replication.bookmark import Bookmark, DiskShape
-
-MERGE_LAYERS_MAX = 64
-"""Layers merged at once: bounds open files and memory."""
 
 
 class MachineStore:
@@ -117,6 +117,14 @@ class MachineStore:
     def open_view(self, position: int, disk: int) -> View:
         """See ReaderStore.open_view."""
         return self.reader.open_view(position, disk)
+
+    def maintaining(self) -> threading.Lock:
+        """Held by whoever changes sealed layers or the base: one at a time."""
+        return self._maintaining
+
+    def forget_damage(self, damage: Damage) -> None:
+        """After it was mended, or when its place is no more."""
+        self._catalogue.remove_damage(damage.file, damage.offset)
 
     def begin(self) -> LayerWriter:
         """Start a changeset's layer."""
@@ -235,6 +243,16 @@ class MachineStore:
                 f"position {pinned} of machine {self.machine} is being read",
                 hint="its layers are folded when the reader closes it",
             )
+
+    def thin(
+        self, now_ns: int, policy: RetentionPolicy, *, bytes_max: int = THIN_BYTES_MAX
+    ) -> ThinReport:
+        """One bounded piece of what ``policy`` asks for: see thinning.thin."""
+        return thin(self, now_ns, policy, bytes_max=bytes_max)
+
+    def heal(self, disk: int, block: int, data: bytes | memoryview) -> int:
+        """Mend the block's rotten copies that ``data`` fits: see healing.heal."""
+        return heal(self, disk, block, data)
 
     def verify(
         self, position: int | None = None, progress: Callable[[int], None] | None = None

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from appliance.applier.store.layer_reader import Layer
     from appliance.applier.store.layer_writer import LayerFile
 
+MERGE_LAYERS_MAX = 64
+"""Layers merged at once: bounds open files and memory."""
+
 COPY_BLOCKS = 1024
 """Blocks copied in one write: 4 MiB."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from appliance.applier.store.block_map import FIRST_DATA, IN_BASE, BlockMap
+from appliance.applier.store.block_map import FIRST_DATA, IN_BASE, LAYER_BASE, BlockMap
 from appliance.applier.store.layer_format import data_offset
 from appliance.applier.store.model import Damage, RottenBlockError
 from replication.block_set import BLOCK_BYTES, block_count_of
@@ -143,13 +143,11 @@ class View:
 
     def _fill(self, block: int, count: int, data: bytearray) -> None:
         into = memoryview(data)
-        firsts, sources = self._map.runs(block, count)
-        for first, after, source in zip(firsts, [*firsts[1:], count], sources, strict=True):
-            part = into[first * BLOCK_BYTES : after * BLOCK_BYTES]
-            if source >= FIRST_DATA:
-                layer, data_block = self._map.layer_of(source)
+        for first, end, layer, data_block in self._map.runs(block, count):
+            part = into[first * BLOCK_BYTES : end * BLOCK_BYTES]
+            if layer >= 0:
                 self._layers[layer].read_into(data_block, part)
-            elif source == IN_BASE and self._base is not None:
+            elif layer == LAYER_BASE and self._base is not None:
                 self._base.read_into(block + first, part)
 
     def _has_data(self, block: int, count: int) -> npt.NDArray[np.bool_]:
