@@ -23,7 +23,7 @@ from pydantic import Field
 
 from daemon.config import Section
 from daemon.log import configure_log
-from replication.errors import ReplicationError
+from replication.errors import ConfigError, ReplicationError
 
 DRAIN_SECONDS_MAX = 10.0
 UNEXPECTED_EXIT_CODE = 70
@@ -160,7 +160,14 @@ async def _health_server(config: ServiceConfig, service: Service) -> AsyncIterat
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
-        await web.TCPSite(runner, config.health_host, config.health_port).start()
+        try:
+            await web.TCPSite(runner, config.health_host, config.health_port).start()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot answer health checks on {config.health_host}:{config.health_port}: "
+                f"{error.strerror}",
+                hint="choose another service.health_port",
+            ) from error
         yield
     finally:
         await runner.cleanup()

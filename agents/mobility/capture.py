@@ -168,7 +168,7 @@ class Capture:
             result = self.freezer.thaw()
             self._run_post()
         if not result.held:
-            broken = f"the file systems were thawed after {self.config.freeze_seconds_max} s"
+            broken = result.reason
         if not read:
             self._send_live(last)
         for content in read:
