@@ -63,10 +63,13 @@ class Inbox:
     newest:     the newest changeset that is known to exist, or its container's first.
     """
 
-    def __init__(self, account: CacheAccount, machine: uuid.UUID, data_key: bytes) -> None:
+    def __init__(
+        self, account: CacheAccount, machine: uuid.UUID, data_key: bytes, data_key_file: str
+    ) -> None:
         self._account = account
         self._machine = machine
         self._data_key = data_key
+        self._data_key_file = data_key_file
         self._seen: dict[Stamp, Seen] = {}
         self._before: dict[Stamp, Seen] = {}
         self._unlisted: deque[str] = deque()
@@ -148,8 +151,12 @@ class Inbox:
             return
         try:
             manifest, key = self._open(raw, stamp)
-        except (PeerError, IntegrityError) as error:
+        except PeerError as error:
             self._mark(stamp, str(error))
+            return
+        except IntegrityError as error:
+            hint = f"or {self._data_key_file} is not the data key of this machine's agent"
+            self._mark(stamp, f"{error}, {hint}")
             return
         self._opened = Opened(manifest, key, seen.container)
         self._seen[stamp] = replace(seen, since=manifest.since)

@@ -1,9 +1,10 @@
 """What a machine's store needs beside changesets: audits, repairs, thinning, a slow scrub.
 
-All bounded and second to applying. What is found wrong goes into ``events.jsonl`` and
-``repair.json`` of the machine's folder before anybody is told.
+All bounded and second to applying: thinning and scrub go on in the background. What is found wrong
+goes into ``events.jsonl`` and ``repair.json`` of the machine's folder before anybody is told.
 """
 
+import asyncio
 import time
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from appliance.applier.repair_book import RepairBook
 from appliance.applier.scrub import SLICE_BYTES_MAX, Scrub
 from appliance.applier.settled import settled
 from appliance.applier.store.machine_store import MachineStore
+from replication.bookmark import Bookmark
 from replication.manifest import Manifest
 from replication.watermark import Repair, RepairRun
 
@@ -25,6 +27,9 @@ IDLE_SECONDS = 2.0
 LONG_AUDIT_SECONDS = 0.5
 AUDIT_SHARE = 0.1
 """Audits that take long (a view of many layers) get this much of the time, not more."""
+
+THIN_BYTES_MAX = 256 << 20
+"""Merged and folded in one round: what a stopping applier may have to wait for."""
 
 _NS = 1_000_000_000
 
@@ -43,6 +48,7 @@ class Keeping:
         self._book = RepairBook(store.folder)
         self._book.ask_again()
         self._scrub = Scrub()
+        self._background: asyncio.Task[None] | None = None
         self._tended_at = 0.0
         self._audit_at = 0.0
         self._scrubbed_at = time.monotonic()
@@ -79,20 +85,42 @@ class Keeping:
         self._events.tell(time.time_ns(), code, message)
         self._metrics.integrity_events.labels(self._name).inc()
 
+    def take_note(self, bookmark: Bookmark) -> None:
+        """A changeset with this bookmark was sealed."""
+        if bookmark.consistency.restorable:
+            self._restorable_ns = bookmark.time_ns
+
     async def check(self, position: int, manifest: Manifest) -> None:
         """After a changeset was sealed: is it, with all below it, what the source had?"""
-        if manifest.bookmark.consistency.restorable:
-            self._restorable_ns = manifest.bookmark.time_ns
-        runs, findings = await settled(self._check, position, manifest)
+        self._book.fit(manifest.disks)
+        # A new generation brings what differs; what cannot be read it cannot compare.
+        renewed = manifest.since == 0
+        runs = self._book.open_runs if renewed else self._book.fulfilled(manifest.repaired)
+        findings = await settled(self._check, position, manifest, runs)
         self._take(findings, closing=runs)
         self._count()
 
-    async def tend(self, *, busy: bool) -> None:
-        """Thin and scrub, if it is time."""
+    def tend(self, *, busy: bool) -> None:
+        """Thin and scrub in the background, if it is time; raise what the last time failed of."""
+        if self._background is not None:
+            if not self._background.done():
+                return
+            self._background.result()
         now = time.monotonic()
-        if now < self._tended_at + (BUSY_SECONDS if busy else IDLE_SECONDS):
-            return
-        self._tended_at = now
+        if now >= self._tended_at + (BUSY_SECONDS if busy else IDLE_SECONDS):
+            self._tended_at = now
+            self._background = asyncio.create_task(self._tend(now), name=f"keeping {self._name}")
+
+    async def close(self) -> None:
+        """Return when nothing works on the store in the background any more."""
+        if self._background is not None:
+            self._background.cancel()
+            await asyncio.wait([self._background])
+
+    async def _tend(self, now: float) -> None:
+        await settled(
+            self._store.thin, time.time_ns(), self._config.retention, bytes_max=THIN_BYTES_MAX
+        )
         rate = self._config.scrub_bytes_per_second
         earned = min(SLICE_BYTES_MAX, int(rate * (now - self._scrubbed_at)))
         self._scrubbed_at = now
@@ -102,13 +130,7 @@ class Keeping:
             self._take(findings)
             self._count()
 
-    def _check(
-        self, position: int, manifest: Manifest
-    ) -> tuple[Sequence[RepairRun], list[Finding]]:
-        self._book.fit(manifest.disks)
-        # A new generation brings what differs; what cannot be read it cannot compare.
-        fresh = manifest.since == 0
-        runs = self._book.open_runs if fresh else self._book.fulfilled(manifest.repaired)
+    def _check(self, position: int, manifest: Manifest, runs: Sequence[RepairRun]) -> list[Finding]:
         findings = find_unreadable(self._store, position, runs)
         now = time.monotonic()
         if manifest.audit and _is_comparable(manifest) and now >= self._audit_at:
@@ -116,7 +138,7 @@ class Keeping:
             took = time.monotonic() - now
             if took > LONG_AUDIT_SECONDS:
                 self._audit_at = now + took / AUDIT_SHARE
-        return runs, findings
+        return findings
 
     def _take(self, findings: Sequence[Finding], *, closing: Sequence[RepairRun] = ()) -> None:
         asked = self._book.ask([finding.run for finding in findings], closing=closing)

@@ -71,7 +71,7 @@ class MachineApplier:
         self._part = f"machine {machine.name}"
         self._wake = asyncio.Event()
         self._lease = MachineLease(shared.account, machine.id, shared.owner, self._wake)
-        self._inbox = Inbox(shared.account, machine.id, data_key)
+        self._inbox = Inbox(shared.account, machine.id, data_key, machine.data_key_file)
         self._watermark = WatermarkBlob(shared.account)
         self._asking = Asking(shared.config.reask_seconds, shared.config.gap_seconds_max)
         self._bad: dict[str, str] = {}
@@ -129,6 +129,7 @@ class MachineApplier:
             shared.health.report(self._part, critical=f"the store cannot be opened: {error}")
             await self._pause(REOPEN_SECONDS)
             return
+        keeping: Keeping | None = None
         try:
             keeping = Keeping(store, shared.config, shared.metrics, machine.name)
             self._look_at = 0.0
@@ -141,6 +142,8 @@ class MachineApplier:
             shared.health.report(self._part, critical=str(error))
             await self._pause(REOPEN_SECONDS)
         finally:
+            if keeping is not None:
+                await keeping.close()
             await settled(store.close)
 
     async def _turn(self, store: MachineStore, keeping: Keeping) -> bool:
@@ -150,7 +153,7 @@ class MachineApplier:
             moved = await self._go_on(store, keeping)
         except UnavailableError as error:
             warning = str(error)
-        await keeping.tend(busy=moved)
+        keeping.tend(busy=moved)
         await self._say(store, keeping)
         self._report(keeping, warning)
         return moved
@@ -214,6 +217,7 @@ class MachineApplier:
         self._malformed.clear()
         self._inbox.forget(manifest.stamp)
         self._count_applied(opened)
+        keeping.take_note(manifest.bookmark)
         await self._say(store, keeping)
         await keeping.check(position, manifest)
         _log.debug("applied", machine=self._machine.name, changeset=str(manifest.stamp))

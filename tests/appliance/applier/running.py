@@ -126,6 +126,15 @@ class Site:
         return path.read_text() if path.exists() else ""
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait until ``holds`` is true."""
+    for _ in range(400):
+        if holds():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("it does not come true")
+
+
 class ApplierProcess:
     """``python -m appliance.applier``."""
 

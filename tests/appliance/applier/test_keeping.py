@@ -1,0 +1,160 @@
+"""What differs from the source, and what rots in the store, is found and mended by the source."""
+
+import os
+
+import pytest
+
+from appliance.applier.store import ReaderStore
+from replication.block_set import BLOCK_BYTES
+from replication.bookmark import Consistency, Stamp
+from replication.checksum import CHUNK_BLOCKS
+from replication.watermark import RepairRun
+from tests.appliance.applier.running import Site, until
+from tests.appliance.applier.source import Changeset, Source, a_source
+
+QUICK_SCRUB = {"scrub_bytes_per_second": 1 << 30}
+
+
+def bypass(source: Source, disk: int, block: int) -> None:
+    """Write a block so that no tracker sees it."""
+    at = block * BLOCK_BYTES
+    source.disks[disk][at : at + BLOCK_BYTES] = source.random.randbytes(BLOCK_BYTES)
+
+
+async def send(site: Site, source: Source, **how: object) -> Changeset:
+    changeset = source.changeset(**how)  # type: ignore[arg-type]
+    await changeset.put(site.account)
+    await site.until_applied(source, changeset.stamp)
+    return changeset
+
+
+async def test_block_that_differs_is_found_by_the_audit_and_repaired(any_site: Site) -> None:
+    source = a_source()
+    async with any_site.applier(source) as service:
+        await send(any_site, source)
+        bypass(source, 0, 37)
+        source.write(1, 3, bytes(BLOCK_BYTES))
+        await send(any_site, source, audit=[(0, 0), (0, 2), (1, 0)])
+        watermark = await any_site.until(source, lambda found: found.repair.request == 1)
+        assert watermark.repair.runs == (RepairRun(0, 2 * CHUNK_BLOCKS, CHUNK_BLOCKS),)
+        await until(lambda: "need repair" in str(service.health.warnings))
+        assert '"code":"differs"' in any_site.events(source)
+        source.touch(0, range(2 * CHUNK_BLOCKS, 3 * CHUNK_BLOCKS))
+        repaired = await send(any_site, source, audit=[(0, 2)], repaired=1)
+        watermark = await any_site.until(source, lambda found: not found.repair.runs)
+        assert watermark.repair.request == 1
+        await until(lambda: service.health.state == "normal")
+    any_site.check(source, repaired)
+
+
+async def test_last_short_chunk_is_audited_as_the_source_does(site: Site) -> None:
+    source = a_source(5 * (64 << 10) + 5 * BLOCK_BYTES + 512)
+    async with site.applier(source):
+        await send(site, source, audit=[(0, chunk) for chunk in range(6)])
+        bypass(source, 0, 84)
+        source.write(0, 0, b"x" * BLOCK_BYTES)
+        await send(site, source, audit=[(0, chunk) for chunk in range(6)])
+        watermark = await site.until(source, lambda found: found.repair.request == 1)
+        assert watermark.repair.runs == (RepairRun(0, 80, 6),)
+
+
+async def test_sample_of_an_inconsistent_changeset_accuses_nobody(site: Site) -> None:
+    source = a_source()
+    async with site.applier(source):
+        await send(site, source)
+        bypass(source, 0, 1)
+        await send(site, source, audit=[(0, 0)], consistency=Consistency.NONE)
+        await send(site, source, audit=[(0, 0)], initial=True)
+        await send(site, source, audit=[(0, 1)])
+    assert site.events(source) == ""
+
+
+async def test_open_requests_outlive_the_applier_and_are_asked_anew(site: Site) -> None:
+    source = a_source()
+    async with site.applier(source):
+        await send(site, source)
+        bypass(source, 0, 0)
+        await send(site, source, audit=[(0, 0)])
+        before = await site.until(source, lambda found: found.repair.request == 1)
+    async with site.applier(source):
+        after = await site.until(source, lambda found: found.repair.request == 2)
+        assert after.repair.runs == before.repair.runs
+        source.touch(0, range(CHUNK_BLOCKS))
+        repaired = await send(site, source, audit=[(0, 0)], repaired=2)
+        await site.until(source, lambda found: not found.repair.runs)
+    site.check(source, repaired)
+
+
+async def test_repair_that_was_not_one_is_asked_for_again(site: Site) -> None:
+    source = a_source()
+    async with site.applier(source):
+        await send(site, source)
+        bypass(source, 0, 0)
+        await send(site, source, audit=[(0, 0)])
+        await site.until(source, lambda found: found.repair.request == 1)
+        await send(site, source, audit=[(0, 0)], repaired=1)  # says so, and carries nothing
+        watermark = await site.until(source, lambda found: found.repair.request == 2)
+        assert watermark.repair.runs == (RepairRun(0, 0, CHUNK_BLOCKS),)
+
+
+@pytest.mark.parametrize("place", ["layer", "base"])
+async def test_rotten_byte_is_found_by_the_scrub_and_repaired(site: Site, place: str) -> None:
+    source = a_source()
+    retention = {"retention_days": 0 if place == "base" else 1}
+    async with site.applier(source, retention=retention):
+        await send(site, source)
+        source.write(1, 2, b"y" * BLOCK_BYTES)
+        await send(site, source)
+        if place == "base":
+            reader = ReaderStore(str(site.store), source.machine)
+            await until(lambda: reader.chain().base_position == 2)
+    flip(site, source, disk=0, block=5)
+    async with site.applier(source, retention=retention, **QUICK_SCRUB):
+        watermark = await site.until(source, lambda found: bool(found.repair.runs))
+        assert watermark.repair.runs == (RepairRun(0, 5, 1),)
+        assert '"code":"rotten"' in site.events(source)
+        source.touch(0, [5])
+        repaired = await send(site, source, repaired=watermark.repair.request)
+        await site.until(source, lambda found: not found.repair.runs)
+    site.check(source, repaired)
+
+
+async def test_rotten_byte_is_found_by_the_audit(site: Site) -> None:
+    source = a_source()
+    async with site.applier(source):
+        await send(site, source)
+        flip(site, source, disk=0, block=20)
+        source.write(1, 2, b"y" * BLOCK_BYTES)
+        await send(site, source, audit=[(0, 1)])
+        watermark = await site.until(source, lambda found: bool(found.repair.runs))
+        assert watermark.repair.runs == (RepairRun(0, CHUNK_BLOCKS, CHUNK_BLOCKS),)
+        assert '"code":"rotten"' in site.events(source)
+
+
+def flip(site: Site, source: Source, *, disk: int, block: int) -> None:
+    """Change one byte where the newest point has the block's data."""
+    reader = ReaderStore(str(site.store), source.machine)
+    data = bytes(source.disks[disk][block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES])
+    for folder, _, files in os.walk(reader.folder):
+        for file in files:
+            path = os.path.join(folder, file)
+            with open(path, "rb") as image:
+                at = image.read().find(data)
+            if at < 0 or not file.endswith((".layer", ".img")):
+                continue
+            with open(path, "r+b") as image:
+                image.seek(at + 100)
+                image.write(bytes([data[100] ^ 0x10]))
+            return
+    raise AssertionError("the block is nowhere")
+
+
+async def test_points_of_the_lost_past_stay_when_a_repair_is_asked_for(site: Site) -> None:
+    source = a_source()
+    async with site.applier(source):
+        first = await send(site, source)
+        bypass(source, 0, 0)
+        await send(site, source, audit=[(0, 0)])
+        await site.until(source, lambda found: found.repair.request == 1)
+    assert site.stamps(source) == [Stamp(1, 1), Stamp(1, 2)]
+    site.check(source, first)
