@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from appliance.cli import pki
+from appliance.cli import agent, lab, machines, pki
 from daemon.service import fail
 from replication.errors import ReplicationError
 
@@ -15,6 +15,9 @@ app = typer.Typer(
     help="Understudy replicates machines to a second site and brings them up there.",
 )
 app.add_typer(pki.app, name="pki")
+app.add_typer(agent.app, name="agent")
+app.command()(machines.machines)
+lab.register(app)
 
 
 @app.callback()

@@ -16,12 +16,12 @@ def machines(*, store: Store = None, as_json: AsJson = False) -> None:
         rows,
         (
             Column("machine", "name"),
-            Column("id", "id"),
             Column("disks", "disks", right=True),
             Column("points", "points", right=True),
             Column("newest point", "newest_ns", instant),
-            Column("RPO restorable", "rpo_restorable_seconds", seconds_ago, right=True),
-            Column("damaged blocks", "damaged_blocks", right=True),
+            Column("its age", "newest_age_seconds", seconds_ago, right=True),
+            Column("damaged", "damaged_blocks", right=True),
+            Column("id", "id"),
         ),
         as_json=as_json,
         none="The store holds no machine yet.",
@@ -38,6 +38,6 @@ def _row(reader: ReaderStore) -> dict[str, Any]:
         "disks": len(newest.disks) if newest else 0,
         "points": len(points),
         "newest_ns": newest_ns,
-        "rpo_restorable_seconds": (time.time_ns() - newest_ns) / 1e9 if newest_ns else None,
+        "newest_age_seconds": (time.time_ns() - newest_ns) / 1e9 if newest_ns else None,
         "damaged_blocks": len(reader.damages()),
     }

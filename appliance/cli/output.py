@@ -20,6 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+PIPE_WIDTH = 200
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -31,6 +33,7 @@ class Column:
     key: str
     show: Callable[[Any], str] = str
     right: bool = False
+    wraps: bool = False
 
 
 def print_json(tree: object) -> None:
@@ -44,14 +47,17 @@ def print_rows(
     if as_json:
         print_json(list(rows))
         return
-    console = Console(highlight=False)
+    # A pipe has no width: lines stay whole there, for grep and for logs.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     if not rows:
         console.print(none)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(
-            column.heading, justify="right" if column.right else "left", overflow="fold"
+            column.heading,
+            justify="right" if column.right else "left",
+            no_wrap=not column.wraps,
         )
     for row in rows:
         table.add_row(*(column.show(row[column.key]) for column in columns))

@@ -155,7 +155,7 @@ class Layout:
             f'store = "{self.store}"\npoints_mount = "{self.points}"\n\n'
             f'[cache]\nconnection_string_file = "{self.path("keys", "cache.connection")}"\n\n'
             "# A real site keeps one point every five minutes; the lab shows more of them.\n"
-            "[retention]\nseconds = 86400\ncrash_frequency_seconds = 1\n\n"
+            "[retention]\nretention_days = 1\ncrash_frequency_seconds = 0\n\n"
             f"[service]\nhealth_port = {self.ports.health(1)}\n{machines}",
         )
 

@@ -90,16 +90,19 @@ class Background:
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
 
-    def stop(self) -> None:
-        """SIGTERM, and SIGKILL for one that does not drain in time; fine if it is gone."""
+    def ask_to_stop(self) -> None:
+        """SIGTERM; fine if it is gone."""
         pid = self.pid()
         if pid is not None:
             os.kill(pid, signal.SIGTERM)
-            deadline = time.monotonic() + STOP_SECONDS_MAX
-            while self.pid() is not None:
-                if time.monotonic() > deadline:
-                    self.kill()
-                time.sleep(0.05)
+
+    def wait_stopped(self) -> None:
+        """Wait until it is gone; SIGKILL for one that does not drain in time."""
+        deadline = time.monotonic() + STOP_SECONDS_MAX
+        while self.pid() is not None:
+            if time.monotonic() > deadline:
+                self.kill()
+            time.sleep(0.05)
         if os.path.exists(self._pid_path):
             os.unlink(self._pid_path)
 

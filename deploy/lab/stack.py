@@ -133,8 +133,11 @@ class Stack:
     def down(self) -> list[str]:
         """Remove every trace; returns what would not go, in words."""
         left = []
-        for part in reversed(self.parts()):
-            part.stop()
+        parts = self.parts()
+        for part in parts:
+            part.ask_to_stop()
+        for part in parts:
+            part.wait_stopped()
         with contextlib.suppress(ReplicationError):
             for guest in self.layout.guests():
                 try:
