@@ -8,12 +8,15 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from appliance.process_server.config import LimitConfig, ListenConfig
+from appliance.process_server.refusal import Kind
 from daemon.tls import TlsFiles, server_context
 from replication.errors import ConfigError
+from replication.stream import Refusal
 
 READ_BUFFER_BYTES = 256 << 10
-LINGER_SECONDS_MAX = 2.0
+LINGER_SECONDS_MAX = 1.0
 DRAIN_SECONDS_MAX = 6.0
+CLOSE_SECONDS_MAX = 1.0
 ACCEPT_BACKLOG = 128
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -30,10 +33,17 @@ async def listen(
     """
     loop = asyncio.get_running_loop()
     silent: set[RequestHandler] = set()  # connected, and no whole request yet
+    under_way = _UnderWay()
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         silent.discard(request.protocol)
-        return await handler(request)
+        if under_way.is_draining():
+            return _say_goodbye()
+        with under_way:
+            response = await handler(request)
+        if under_way.is_draining():
+            response.force_close()
+        return response
 
     server = web.Server(
         answer,
@@ -73,5 +83,46 @@ async def listen(
         yield listener.sockets[0].getsockname()[1]
     finally:
         listener.close()
-        await server.shutdown(DRAIN_SECONDS_MAX)
+        await under_way.drain(DRAIN_SECONDS_MAX)
+        await server.shutdown(CLOSE_SECONDS_MAX)  # which reads no more of any body
         await listener.wait_closed()
+
+
+class _UnderWay:
+    """Counts the requests that are being answered."""
+
+    def __init__(self) -> None:
+        self._draining = False
+        self._count = 0
+        self._changed = asyncio.Event()
+
+    def __enter__(self) -> None:
+        self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        self._changed.set()
+
+    def is_draining(self) -> bool:
+        return self._draining
+
+    async def drain(self, seconds_max: float) -> None:
+        """Wait until none is left, for ``seconds_max`` at most; no new ones are taken."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds_max):
+                while self._count:
+                    self._changed.clear()
+                    await self._changed.wait()
+
+
+def _say_goodbye() -> web.Response:
+    refusal = Refusal(Kind.UNAVAILABLE.code, "the process server is stopping", "try again soon")
+    response = web.Response(
+        status=Kind.UNAVAILABLE.status,
+        body=refusal.to_bytes(),
+        content_type="application/json",
+        headers={"Retry-After": "1"},
+    )
+    response.force_close()
+    return response

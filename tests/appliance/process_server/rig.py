@@ -1,15 +1,17 @@
 """A real process server in its own process, and a client with real certificates."""
 
 import asyncio
+import inspect
 import signal
 import ssl
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
 import xxhash
@@ -29,6 +31,18 @@ from tests.appliance.process_server.sample import SampleChangeset
 from tests.azure_emu.fixtures import free_ports
 
 START_SECONDS_MAX = 30.0
+
+
+async def become(
+    holds: Callable[[], object] | Callable[[], Awaitable[object]], *, seconds_max: float = 30.0
+) -> None:
+    """Wait until ``holds`` does; TimeoutError when it never does."""
+    async with asyncio.timeout(seconds_max):
+        while True:
+            found = holds()
+            if await found if inspect.isawaitable(found) else found:
+                return
+            await asyncio.sleep(0.05)
 
 
 class Certificates:
@@ -146,10 +160,10 @@ health_port = {self.health_port}
             process.kill()
             process.wait()
 
-    async def health(self) -> dict[str, dict[str, str]]:
+    async def health(self) -> dict[str, Any]:
         url = f"http://127.0.0.1:{self.health_port}/healthz"
         async with aiohttp.ClientSession() as session, session.get(url) as response:
-            found: dict[str, dict[str, str]] = await response.json()
+            found: dict[str, Any] = await response.json()
             return found
 
     def spooled(self, machine: uuid.UUID) -> list[str]:
