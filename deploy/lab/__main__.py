@@ -50,9 +50,10 @@ def _up(stack: Stack, load_seconds: float) -> None:
     with only_one(stack.layout):
         Story(stack, console, load_seconds=load_seconds).tell()
     console.print(
-        f"\nEverything holds, after {time.monotonic() - began:.0f} s. The lab stays up: every point "
-        f"is a folder of disk images in {stack.layout.points};\n`understudy lab status` tells how "
-        "it is, `make lab-down` removes every trace."
+        f"\nEverything holds, after {time.monotonic() - began:.0f} s. The lab stays up:\n"
+        f"  {stack.layout.points}  every recovery point as a folder of disk images\n"
+        "  understudy lab status     how it is\n"
+        "  make lab-down             removes every trace"
     )
 
 
