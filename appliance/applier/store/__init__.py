@@ -1,6 +1,7 @@
 """The layered store of recovery points at the second site: docs/STORE.md."""
 
 from appliance.applier.store.catalogue import Chain
+from appliance.applier.store.export import export
 from appliance.applier.store.layer_writer import LayerWriter
 from appliance.applier.store.machine_store import MachineStore
 from appliance.applier.store.model import Damage, Head, LayerRow, Point, RottenBlockError
@@ -21,6 +22,7 @@ __all__ = [
     "Run",
     "ThinReport",
     "View",
+    "export",
     "machines_in",
     "open_reader",
 ]

@@ -41,7 +41,8 @@ def merge_layers(
     Returns the header, the bytes covered and the damage found, whose places are in
     ``target_name``. Raises IntegrityError when a layer's index or digests are unusable.
     """
-    starts = np.cumsum([0, *(layer.header.data_blocks for layer in layers)])
+    # A number left free after each layer: runs of two layers are never joined into one.
+    starts = np.cumsum([0, *(layer.header.data_blocks + 1 for layer in layers)])
     live = overlay_all(
         [
             layer.extents().shifted(int(first))

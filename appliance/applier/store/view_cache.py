@@ -1,0 +1,73 @@
+"""Open views shared by all who read the same disk of the same point, and kept a little longer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import uuid
+
+    from appliance.applier.store.reader_store import ReaderStore
+    from appliance.applier.store.view import View
+
+    Key = tuple[uuid.UUID, int, int]
+
+IDLE_VIEWS_MAX = 8
+IDLE_SECONDS_MAX = 10.0
+"""An idle view holds a pin, which keeps its point's layers from being folded: not for long."""
+
+
+@dataclass(slots=True)
+class _Shared:
+    view: View
+    users: int
+    idle_since: float
+
+
+class ViewCache:
+    """Thread-safe; a view is closed when nobody uses it and it is old or one of too many."""
+
+    def __init__(self) -> None:
+        self._shared: OrderedDict[Key, _Shared] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def acquire(self, store: ReaderStore, position: int, disk: int) -> View:
+        """Raises what ``ReaderStore.open_view`` raises; pair it with ``release``."""
+        key = (store.machine, position, disk)
+        with self._lock:
+            shared = self._shared.get(key)
+            if shared is None:
+                shared = _Shared(store.open_view(position, disk), 0, 0.0)
+                self._shared[key] = shared
+            shared.users += 1
+            return shared.view
+
+    def release(self, view: View) -> None:
+        key = (view.machine, view.point.position, view.disk)
+        with self._lock:
+            shared = self._shared[key]
+            shared.users -= 1
+            shared.idle_since = time.monotonic()
+            self._shared.move_to_end(key)
+        self.close_idle()
+
+    def close_idle(self, *, idle_seconds_max: float = IDLE_SECONDS_MAX) -> None:
+        """Close what has been idle too long, and the longest idle ones of too many."""
+        now = time.monotonic()
+        with self._lock:
+            idle = [(key, shared) for key, shared in self._shared.items() if shared.users == 0]
+            surplus = len(idle) - IDLE_VIEWS_MAX
+            for nth, (key, shared) in enumerate(idle):
+                if nth < surplus or now - shared.idle_since >= idle_seconds_max:
+                    del self._shared[key]
+                    shared.view.close()
+
+    def close(self) -> None:
+        with self._lock:
+            for shared in self._shared.values():
+                shared.view.close()
+            self._shared.clear()

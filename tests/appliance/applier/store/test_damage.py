@@ -1,0 +1,155 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from appliance.applier.store import MachineStore, RottenBlockError
+from appliance.applier.store.layer_format import HEADER_BYTES
+from replication.bookmark import Bookmark, Consistency, Stamp
+from replication.errors import IntegrityError
+from tests.appliance.applier.store.recorded_machine import (
+    BLOCK,
+    MACHINE,
+    RecordedMachine,
+    assert_equals_images,
+)
+
+
+def flip(path: Path, offset: int, mask: int = 0x10) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ mask]))
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> RecordedMachine:
+    made = RecordedMachine(str(tmp_path), sizes=(40,))
+    with made.open() as store:
+        for _ in range(4):
+            made.apply(store, writes=6)
+        with store.begin() as writer:  # block 7 is known to be data of the newest layer
+            made.number += 1
+            image = bytearray(made.images[4][0])
+            image[7 * BLOCK : 8 * BLOCK] = b"\x55" * BLOCK
+            writer.write(0, 7, 0, b"\x55" * BLOCK)
+            made.images[5] = {0: bytes(image)}
+            bookmark = Bookmark(Stamp(1, made.number), 1, Consistency.CRASH)
+            made.position = writer.seal(bookmark, made.number - 1, made.attempt, made.shapes())
+    return made
+
+
+def layer_of(store: MachineStore, position: int) -> Path:
+    row = next(row for row in store.chain().layers if row.last == position)
+    return Path(store.folder, row.file)
+
+
+def assert_refused(store: MachineStore, position: int, block: int, file: str) -> None:
+    with store.open_view(position, 0) as view:
+        with pytest.raises(RottenBlockError) as caught:
+            view.read(0, view.size_bytes)
+        for word in (str(MACHINE), f"block {block}", "disk 0", file):
+            assert word in str(caught.value)
+        good = [b for b in range(40) if b != block]
+        assert all(len(view.read(b * BLOCK, BLOCK)) == BLOCK for b in good)
+
+
+def test_a_flip_in_a_layer_is_refused_reported_and_healed(machine: RecordedMachine) -> None:
+    with machine.open() as store:
+        path = layer_of(store, 5)
+        flip(path, HEADER_BYTES + 100)
+        assert_refused(store, 5, 7, path.name)
+        (damage,) = store.verify()
+        assert (damage.disk, damage.block, damage.offset) == (0, 7, HEADER_BYTES)
+        assert store.damages() == [damage]
+        assert store.points()[-1].verified_ns is None
+        assert store.heal(0, 7, b"other" * 819 + b"!") == 0
+        assert store.heal(0, 7, b"\x55" * BLOCK) == 1
+        assert store.damages() == []
+        assert store.verify() == []
+        assert store.points()[-1].verified_ns is not None
+        assert_equals_images(store, machine)
+
+
+def test_a_flip_outlives_merging_and_folding_and_can_still_be_healed(
+    machine: RecordedMachine,
+) -> None:
+    with machine.open() as store:
+        flip(layer_of(store, 5), HEADER_BYTES)
+        store.merge(4, 5)
+        assert [damage.file for damage in store.damages()] == [
+            "layers/000000000004-000000000005.layer"
+        ]
+        assert_refused(store, 5, 7, "000000000004-000000000005.layer")
+        store.fold_to(5)
+        assert [damage.file for damage in store.damages()] == ["disks/0/base.img"]
+        assert_refused(store, 5, 7, "base.img")
+        assert store.heal(0, 7, b"\x55" * BLOCK) == 1
+        assert_equals_images(store, machine)
+
+
+@pytest.mark.parametrize("name", ["base.img", "base.digest"])
+def test_a_flip_in_the_base_is_refused_and_reported(machine: RecordedMachine, name: str) -> None:
+    with machine.open() as store:
+        store.fold_to(5)
+        unit = BLOCK if name == "base.img" else 16
+        flip(Path(store.folder, "disks/0", name), 7 * unit + 3)
+        assert_refused(store, 5, 7, "base.img")
+        assert [damage.block for damage in store.verify()] == [7]
+
+
+def test_a_lost_page_of_digests_never_makes_data_look_like_zeros(
+    machine: RecordedMachine,
+) -> None:
+    with machine.open() as store:
+        store.fold_to(5)
+        digests = Path(store.folder, "disks/0/base.digest")
+        os.truncate(digests, 0)
+        os.truncate(digests, 40 * 16)
+        data = {n for n in range(40) if any(machine.images[5][0][n * BLOCK : (n + 1) * BLOCK])}
+        assert {damage.block for damage in store.verify()} == data
+        assert_refused_everywhere(store, data)
+
+
+def assert_refused_everywhere(store: MachineStore, blocks: set[int]) -> None:
+    with store.open_view(5, 0) as view:
+        for block in blocks:
+            with pytest.raises(RottenBlockError):
+                view.read(block * BLOCK, BLOCK)
+
+
+def test_data_in_a_hole_of_the_base_is_found(machine: RecordedMachine) -> None:
+    with machine.open() as store:
+        store.fold_to(5)
+        image = machine.images[5][0]
+        hole = next(n for n in range(40) if not any(image[n * BLOCK : (n + 1) * BLOCK]))
+        with Path(store.folder, "disks/0/base.img").open("r+b") as file:
+            file.seek(hole * BLOCK)
+            file.write(b"stray")
+        assert [damage.block for damage in store.verify()] == [hole]
+
+
+@pytest.mark.parametrize("where", ["header", "index", "gone"])
+def test_an_unusable_layer_is_reported_and_never_folded(
+    machine: RecordedMachine, where: str
+) -> None:
+    with machine.open() as store:
+        path = layer_of(store, 2)
+        if where == "header":
+            flip(path, 40)
+        elif where == "index":
+            flip(path, path.stat().st_size - 200)
+        else:
+            path.unlink()
+        for call in (
+            lambda: store.open_view(3, 0),
+            lambda: store.fold_to(2),
+            lambda: store.merge(2, 3),
+        ):
+            with pytest.raises(IntegrityError):
+                call()
+        assert store.chain().folding_to is None
+        assert [damage.file for damage in store.verify()] == [f"layers/{path.name}"]
+    with machine.open() as store, store.open_view(1, 0) as view:
+        assert view.read(0, view.size_bytes) == machine.images[1][0]
