@@ -19,13 +19,15 @@ from azure.storage.blob.aio import BlobLeaseClient, BlobServiceClient
 from azure.storage.blob.aio import ExponentialRetry as BlobRetry
 from azure.storage.queue.aio import QueueServiceClient
 
-from appliance.applier.cache_account import LEASE_SECONDS, WAKE_COUNT_MAX, CacheBlob
+from appliance.applier.cache_account import (
+    API_VERSION_DEFAULT,
+    LEASE_SECONDS,
+    WAKE_COUNT_MAX,
+    CacheBlob,
+)
 from replication.cache_layout import CONTROL_CONTAINER, WAKE_QUEUE
 from replication.errors import ConfigError, ReplicationError, StorageError, UnavailableError
 from replication.manifest import SEGMENT_BYTES_MAX
-
-API_VERSION_DEFAULT = "2026-06-06"
-"""The newest that Azurite knows."""
 
 RETRY_COUNT_MAX = 2
 CONNECT_SECONDS_MAX = 5

@@ -12,6 +12,9 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Protocol
 
+API_VERSION_DEFAULT = "2026-06-06"
+"""Of the Azure storage services: the newest that Azurite knows."""
+
 LEASE_SECONDS = 60
 """How long a lease holds without being held again."""
 

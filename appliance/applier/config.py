@@ -7,8 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from appliance.applier.azure_account import API_VERSION_DEFAULT, AzureAccount
-from appliance.applier.cache_account import CacheAccount
+from appliance.applier.cache_account import API_VERSION_DEFAULT, CacheAccount
 from appliance.applier.folder_account import FolderAccount
 from appliance.applier.retention import RetentionPolicy
 from daemon.config import DaemonConfig, Section
@@ -51,6 +50,9 @@ class Cache(Section):
         else:
             assert self.connection_string_file is not None
             text = read_secret(self.connection_string_file, "cache.connection_string_file")
+        # Importing Azure's library takes longer than all the rest, and a folder needs none of it.
+        from appliance.applier.azure_account import AzureAccount  # noqa: PLC0415
+
         return AzureAccount(text.strip(), self.api_version)
 
 

@@ -5,10 +5,10 @@ A reader that stalls the file system stalls that process alone. It is started ag
 
 import asyncio
 import contextlib
+import os
 import sys
 
 from appliance.applier.config import ApplierConfig
-from daemon.durable import make_folder
 from daemon.service import Health
 
 RESTART_SECONDS_MIN = 1.0
@@ -16,16 +16,25 @@ RESTART_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 5.0
 _PART = "points mount"
 _PROGRAM = """
-import sys
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no mount outlives its applier
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
 from appliance.applier.points_fuse import serve_points
-serve_points(sys.argv[1], sys.argv[2])
+from daemon.log import configure_log
+from daemon.service import fail
+from replication.errors import ReplicationError
+configure_log(daemon="points")
+try:
+    serve_points(sys.argv[2], sys.argv[3])
+except ReplicationError as error:
+    sys.exit(fail(error))
 """
 
 
 async def serve_points_apart(config: ApplierConfig, health: Health) -> None:
     """Keep the recovery points mounted until cancelled."""
     assert config.points_mount is not None
-    make_folder(config.points_mount, mode=0o755)
     wait = RESTART_SECONDS_MIN
     while True:
         started = asyncio.get_running_loop().time()
@@ -33,6 +42,7 @@ async def serve_points_apart(config: ApplierConfig, health: Health) -> None:
             sys.executable,
             "-c",
             _PROGRAM,
+            str(os.getpid()),
             config.store,
             config.points_mount,
             stdin=asyncio.subprocess.DEVNULL,

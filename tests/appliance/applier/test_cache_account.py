@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from azure.storage.queue.aio import QueueServiceClient
 
-from appliance.applier.azure_account import API_VERSION_DEFAULT, AzureAccount
-from appliance.applier.cache_account import CacheAccount
+from appliance.applier.azure_account import AzureAccount
+from appliance.applier.cache_account import API_VERSION_DEFAULT, CacheAccount
 from appliance.applier.folder_account import FolderAccount
 from replication.cache_layout import WAKE_QUEUE, lease_name
 from replication.errors import ConfigError, UnavailableError
