@@ -7,6 +7,7 @@ import sys
 from appliance.process_server.cache_account import CacheAccount, open_cache_account
 from appliance.process_server.config import Config
 from appliance.process_server.disk_threads import DiskThreads
+from appliance.process_server.heap import bound_heap
 from appliance.process_server.listener import listen
 from appliance.process_server.measures import Measures
 from appliance.process_server.persistence import Persistence
@@ -112,6 +113,7 @@ def main() -> int:
         config = Config.load(arguments.config)
     except ReplicationError as error:
         return fail(error)
+    bound_heap()
     return run_daemon("process-server", config.service, lambda service: serve(service, config))
 
 

@@ -21,15 +21,14 @@ from replication.cache_layout import (
     manifest_number,
     segment_name,
 )
-from replication.errors import PeerError
+from replication.errors import PeerError, UnavailableError
 from replication.manifest import Manifest, read_public
 from replication.watermark import Watermark
 
 
 async def read_history(cache: CacheAccount, machine: MachineId) -> Ledger:
     """Raise UnavailableError or StorageError when the cache does not answer."""
-    found = await cache.watermark(machine)
-    watermark = Watermark(machine) if found is None else Watermark.from_bytes(found.content)
+    watermark = await _read_watermark(cache, machine)
     position = Position(applied=watermark.applied).after_applied(
         watermark.applied, watermark.attempt
     )
@@ -47,6 +46,19 @@ async def read_history(cache: CacheAccount, machine: MachineId) -> Ledger:
                 content = await cache.manifest(container, manifest_name(number))
                 ledger = _follow(ledger, machine, stamp, content, sizes)
     return ledger
+
+
+async def _read_watermark(cache: CacheAccount, machine: MachineId) -> Watermark:
+    found = await cache.watermark(machine)
+    if found is None:
+        return Watermark(machine)
+    try:
+        return Watermark.from_bytes(found.content)
+    except PeerError as error:
+        raise UnavailableError(
+            f"the watermark of {machine} cannot be read: {error}",
+            hint="its applier writes a new one",
+        ) from error
 
 
 def _follow(

@@ -46,7 +46,7 @@ class CacheConfig(Section):
     connection_string_file: str | None = None
     api_version: str = "2026-06-06"
     uploads_max: int = Field(default=4, ge=1, le=64)
-    upload_bytes_max: int = Field(default=64 << 20, ge=SEGMENT_BYTES_MAX)
+    upload_bytes_max: int = Field(default=32 << 20, ge=SEGMENT_BYTES_MAX)
     watermark_seconds: float = Field(default=1.0, gt=0)
     watermark_idle_seconds: float = Field(default=5.0, gt=0)
     recheck_seconds: float = Field(default=5.0, gt=0)
@@ -76,7 +76,7 @@ class LimitConfig(Section):
 
     body_rate_bytes_per_second_min: a body that is slower on the whole, ``body_grace_seconds``
                                     aside, is refused.
-    segments_in_flight_max:         bodies received at once; more wait for their turn.
+    segments_in_flight_max:         segments and manifests received at once; more wait their turn.
     header_seconds_max:             from the connection to its first whole request, and again for
                                     the TLS handshake.
     idle_seconds_max:               how long a connection without a request stays open.

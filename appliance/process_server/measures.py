@@ -29,4 +29,4 @@ class Measures:
         self.unapplied_changesets = gauge(
             "unapplied_changesets", "Changesets committed and not known to be applied."
         )
-        self.segments_in_flight = gauge("segments_in_flight", "Bodies being received.")
+        self.bodies_in_flight = gauge("bodies_in_flight", "Segments and manifests coming in.")

@@ -145,11 +145,14 @@ class Receiver:
         self, request: web.BaseRequest, stream: Stream, address: CommitAddress
     ) -> bool:
         length = declared_length(request, MANIFEST_BYTES_MAX)
-        await _invite_body(request)
-        pieces: list[bytes] = []
-        async for more in read_body(request, length, self._limits):
-            pieces += more
-        content = b"".join(pieces)
+        async with self._turn():
+            await _invite_body(request)
+            pieces: list[bytes] = []
+            async for more in read_body(request, length, self._limits):
+                pieces += more
+            return await self._commit_content(stream, address, b"".join(pieces))
+
+    async def _commit_content(self, stream: Stream, address: CommitAddress, content: bytes) -> bool:
         manifest = await self._streams.disk.run(read_public, content)
         if (manifest.machine, manifest.stamp) != (address.machine, address.stamp):
             raise PeerError(
@@ -164,11 +167,11 @@ class Receiver:
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
         async with self._turns:
-            self._measures.segments_in_flight.inc()
+            self._measures.bodies_in_flight.inc()
             try:
                 yield
             finally:
-                self._measures.segments_in_flight.dec()
+                self._measures.bodies_in_flight.dec()
 
     def _refuse(
         self, request: web.BaseRequest, kind: Kind, error: ReplicationError

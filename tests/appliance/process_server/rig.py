@@ -30,7 +30,7 @@ from replication.stream import (
 from tests.appliance.process_server.sample import SampleChangeset
 from tests.azure_emu.fixtures import free_ports
 
-START_SECONDS_MAX = 30.0
+START_SECONDS_MAX = 120.0
 
 
 async def become(

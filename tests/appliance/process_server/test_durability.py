@@ -59,7 +59,7 @@ async def send_patiently(
                     assert reply.status == 200
                 acknowledged.add(changeset.attempt)
                 return
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)
 
 
 async def test_what_was_acknowledged_survives_kills(
