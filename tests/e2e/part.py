@@ -66,6 +66,7 @@ class Part:
         self.log = folder / f"{name}.log"
         self.health_port = health_port
         self.is_wanted = False
+        self._life_at = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._groups: list[int] = []
 
@@ -85,9 +86,17 @@ class Part:
     def exit_code(self) -> int | None:
         return None if self._process is None else self._process.poll()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether this life of it has said that it is ready."""
+        with self.log.open("rb") as log:
+            log.seek(self._life_at)
+            return b"] ready " in log.read()
+
     def start(self, *, wait: bool = True) -> None:
         assert not self.is_alive, f"{self.name} runs already"
         with self.log.open("ab") as log:
+            self._life_at = log.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", self.module, "--config", str(self.config)],
                 stdin=subprocess.DEVNULL,
@@ -104,7 +113,7 @@ class Part:
 
     def await_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS_MAX
-        while not self._answers():
+        while not self.is_ready:
             if not self.is_alive or time.monotonic() > deadline:
                 raise AssertionError(f"{self.name} did not start:\n{self.tail()}")
             time.sleep(0.05)
@@ -181,15 +190,6 @@ class Part:
             return self.log.read_text(errors="replace")[-chars_max:]
         except FileNotFoundError:
             return "(no log)"
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(self._url("healthz"), timeout=2):
-                return True
-        except urllib.error.HTTPError:
-            return True
-        except OSError:
-            return False
 
     def _url(self, page: str) -> str:
         return f"http://127.0.0.1:{self.health_port}/{page}"

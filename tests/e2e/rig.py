@@ -6,6 +6,7 @@ process, frozen file system, mount, loop device or pinned map behind.
 
 import base64
 import contextlib
+import datetime as dt
 import json
 import secrets
 import time
@@ -43,6 +44,7 @@ class Rig:
         self.agent_state = folder / "agent"
         self.azurite_data = folder / "azurite"
         self._scratch = 0
+        self._notes: list[str] = []
         self.data_port, self.blob_port, self.queue_port, *health = free_ports(7)
         self.azure = Part("azure-emu", "azure_emu", folder, health[0])
         self.process_server = Part("process-server", "appliance.process_server", folder, health[1])
@@ -92,10 +94,16 @@ class Rig:
 
     def kill(self, part: Part) -> None:
         """SIGKILL a part; of the emulator, Azurite dies with it."""
+        self.note(f"killing {part.name}")
         part.kill()
         if part is self.azure:
             for port in (self.blob_port, self.queue_port):
                 await_closed(port)
+
+    def note(self, what: str) -> None:
+        """Remember what the test did, with the time, for a failure's report."""
+        now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
+        self._notes.append(f"{now} {what}")
 
     def agent_status(self) -> dict[str, Any]:
         """What the agent says of itself; empty before it has said anything."""
@@ -184,7 +192,7 @@ class Rig:
 
     def report(self) -> str:
         """Health, status and the ends of all logs, for a failure's message."""
-        lines = []
+        lines = ["=== the test", *self._notes]
         for part in self.parts:
             state = "runs" if part.is_alive else f"ended with {part.exit_code}"
             lines.append(f"=== {part.name} {state}; health {part.health()}\n{part.tail()}")
