@@ -67,16 +67,21 @@ def reconcile(
         return NewGeneration(interrupted)
     if generation == 0:
         return NewGeneration("initial replication")
+    held = [(server, stream.attempt), (stream.watermark.applied, stream.watermark.attempt)]
     if position.pending is not None:
-        if (server, stream.attempt) == (position.pending.stamp, position.pending.attempt):
+        # A process server may have lost it after all, and the store have it.
+        if (position.pending.stamp, position.pending.attempt) in held:
             return FinishPending()
         return DropPending()
     if stream.watermark.lost and stream.watermark.applied.generation == generation:
         return NewGeneration(f"the second site cannot go on: {stream.watermark.lost}")
-    if server > Stamp(generation, position.committed):
+    committed = Stamp(generation, position.committed)
+    if max(stamp for stamp, _ in held) > committed:
         return NewGeneration("the agent's state is older than the stream")
-    same = server == Stamp(generation, position.committed)
-    if same and stream.attempt not in (NO_ATTEMPT, position.attempt) and position.committed:
+    ours = (NO_ATTEMPT, position.attempt)
+    if position.committed and any(
+        stamp == committed and attempt not in ours for stamp, attempt in held
+    ):
         return NewGeneration("the stream holds a changeset that this agent did not send")
     known = max(
         [0]

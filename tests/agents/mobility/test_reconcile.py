@@ -1,0 +1,228 @@
+"""The decision table, exhaustively where it is small, and what must hold of every answer."""
+
+import itertools
+import uuid
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agents.mobility.reconcile import (
+    Decision,
+    DropPending,
+    FinishPending,
+    Fold,
+    GoOn,
+    NewGeneration,
+    reconcile,
+)
+from agents.mobility.stream_state import Pending, Position
+from replication.bookmark import NOTHING, Stamp
+from replication.stream import StreamState
+from replication.watermark import NO_ATTEMPT, Watermark
+
+MACHINE = uuid.UUID(int=1)
+MINE, OTHER = b"m" * 16, b"o" * 16
+GENERATION = 3
+
+
+def stream(
+    server: Stamp = NOTHING,
+    attempt: bytes = MINE,
+    applied: Stamp = NOTHING,
+    applied_attempt: bytes = NO_ATTEMPT,
+    lost: str = "",
+) -> StreamState:
+    watermark = Watermark(MACHINE, applied=applied, attempt=applied_attempt, lost=lost)
+    return StreamState(server, attempt, 0, 0, watermark)
+
+
+def at(number: int, generation: int = GENERATION) -> Stamp:
+    return Stamp(generation, number)
+
+
+def position(committed: int, since: int | None = None, **changes: object) -> Position:
+    made = Position(
+        generation=GENERATION,
+        committed=committed,
+        attempt=MINE,
+        since=committed if since is None else since,
+        seeded=True,
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def decide(where: Position, retained: dict[int, int], told: StreamState) -> Decision:
+    return reconcile(where, retained, told, interrupted="")
+
+
+def test_interruption_wins_over_all_else() -> None:
+    told = stream(at(5))
+    assert reconcile(position(5), {}, told, interrupted="rebooted") == NewGeneration("rebooted")
+    assert isinstance(decide(Position(), {}, stream()), NewGeneration)
+
+
+def test_both_agree() -> None:
+    assert decide(position(5), {5: 4}, stream(at(5))) == GoOn()
+    assert decide(position(0), {}, stream(at(7, generation=2))) == GoOn()
+
+
+def test_process_server_that_does_not_know_the_attempt_is_believed() -> None:
+    assert decide(position(5), {}, stream(at(5), NO_ATTEMPT)) == GoOn()
+
+
+@pytest.mark.parametrize(
+    ("server", "attempt", "applied", "applied_attempt", "wanted"),
+    [
+        (at(6), MINE, NOTHING, NO_ATTEMPT, FinishPending()),
+        (at(6), OTHER, NOTHING, NO_ATTEMPT, DropPending()),
+        (at(5), MINE, NOTHING, NO_ATTEMPT, DropPending()),
+        (NOTHING, NO_ATTEMPT, NOTHING, NO_ATTEMPT, DropPending()),
+        # The process server has lost it after it had passed it on.
+        (at(5), MINE, at(6), MINE, FinishPending()),
+        (NOTHING, NO_ATTEMPT, at(6), MINE, FinishPending()),
+        (NOTHING, NO_ATTEMPT, at(6), OTHER, DropPending()),
+    ],
+)
+def test_pending_commit_is_settled_by_who_has_it(
+    server: Stamp, attempt: bytes, applied: Stamp, applied_attempt: bytes, wanted: Decision
+) -> None:
+    where = position(5, pending=Pending(at(6), MINE, whole=True))
+    told = stream(server, attempt, applied, applied_attempt)
+    assert decide(where, {5: 4, 6: 5}, told) == wanted
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        stream(at(6)),
+        stream(at(1, generation=4)),
+        stream(at(3), applied=at(6)),
+        stream(NOTHING, NO_ATTEMPT, applied=at(1, generation=4)),
+    ],
+)
+def test_agent_with_an_old_state_begins_anew(told: StreamState) -> None:
+    decision = decide(position(5), {5: 4}, told)
+    assert isinstance(decision, NewGeneration)
+    assert "older" in decision.reason
+
+
+@pytest.mark.parametrize(
+    "told",
+    [stream(at(5), OTHER), stream(at(4), applied=at(5), applied_attempt=OTHER)],
+)
+def test_changeset_of_another_agent_is_noticed(told: StreamState) -> None:
+    decision = decide(position(5), {5: 4}, told)
+    assert isinstance(decision, NewGeneration)
+    assert "did not send" in decision.reason
+
+
+def test_second_site_that_cannot_go_on_gets_one_new_generation() -> None:
+    lost = stream(at(5), applied=at(4), lost="the store is gone")
+    assert isinstance(decide(position(5), {5: 4}, lost), NewGeneration)
+    old = stream(at(5, generation=2), applied=at(4, generation=2), lost="the store is gone")
+    assert decide(position(0), {}, old) == GoOn()
+
+
+def test_lost_changesets_are_folded_back_to_what_is_known() -> None:
+    retained = {4: 3, 5: 4, 6: 5}
+    assert decide(position(6), retained, stream(at(4))) == Fold(4, (6, 5))
+    assert decide(position(6), retained, stream(NOTHING, applied=at(5))) == Fold(5, (6,))
+    assert decide(position(6, applied=at(5)), retained, stream()) == Fold(5, (6,))
+    # A changeset that counts from further back holds all that is in between.
+    assert decide(position(8), {8: 3}, stream(at(5))) == Fold(5, (8,))
+    # Folded already, and not yet sent.
+    assert decide(position(8, since=3), {}, stream(at(3))) == GoOn()
+
+
+def test_gap_in_what_is_kept_begins_anew() -> None:
+    assert isinstance(decide(position(6), {4: 3, 6: 5}, stream(at(3))), NewGeneration)
+
+
+def covers(decision: Fold, retained: dict[int, int], since: int) -> bool:
+    """Whether the folded sets together hold all that changed in (decision.since, since]."""
+    reached = since
+    for number in decision.lost:
+        if number != reached:
+            return False
+        reached = retained[number]
+    return reached <= decision.since
+
+
+def check(where: Position, retained: dict[int, int], told: StreamState) -> None:
+    decision = decide(where, retained, told)
+    newest = max(told.committed, told.watermark.applied)
+    known = max(
+        stamp.number if stamp.generation == GENERATION else 0
+        for stamp in (told.committed, told.watermark.applied, where.applied)
+    )
+    if where.pending is not None:
+        assert isinstance(decision, FinishPending | DropPending)
+    elif isinstance(decision, GoOn):
+        assert known >= where.since  # what is sent next can be taken
+        assert newest <= at(where.committed)  # and its number is free
+    elif isinstance(decision, Fold):
+        assert decision.since == known < where.since
+        assert covers(decision, retained, where.since)
+        assert newest <= at(where.committed)
+        # Once folded, both agree.
+        assert decide(replace(where, since=decision.since), {}, told) == GoOn()
+    else:
+        assert isinstance(decision, NewGeneration)
+        lacks = any(number not in retained for number in range(known + 1, where.since + 1))
+        other = OTHER in (told.attempt, told.watermark.attempt)
+        assert lacks or newest > at(where.committed) or other
+
+
+def test_every_small_case_makes_sense() -> None:
+    stamps = [NOTHING, at(9, generation=2), *(at(number) for number in range(4)), at(1, 4)]
+    cases = 0
+    for committed, since_back, server, applied, attempt in itertools.product(
+        range(4), range(3), stamps, stamps, (NO_ATTEMPT, MINE, OTHER)
+    ):
+        since = max(0, committed - since_back)
+        for keep in itertools.product((False, True), repeat=committed):
+            retained = {number + 1: number for number, kept in enumerate(keep) if kept}
+            for known in {0, since}:
+                where = position(committed, since, applied=at(known) if known else NOTHING)
+                check(where, retained, stream(server, attempt, applied))
+                cases += 1
+    assert cases > 10_000
+
+
+numbers = st.integers(0, 12)
+
+
+@given(
+    committed=numbers,
+    back=numbers,
+    retained=st.dictionaries(st.integers(1, 12), numbers, max_size=12),
+    server=numbers,
+    applied=numbers,
+    known=numbers,
+    attempt=st.sampled_from([NO_ATTEMPT, MINE, OTHER]),
+    pending=st.booleans(),
+)
+def test_any_history_makes_sense(
+    committed: int,
+    back: int,
+    retained: dict[int, int],
+    server: int,
+    applied: int,
+    known: int,
+    attempt: bytes,
+    pending: bool,
+) -> None:
+    chain = {number: min(since, number - 1) for number, since in retained.items()}
+    where = position(
+        committed,
+        max(0, committed - back),
+        applied=at(min(known, committed)),
+        pending=Pending(at(committed + 1), MINE, whole=True) if pending else None,
+    )
+    decision = decide(where, chain, stream(at(server), attempt, at(applied), attempt))
+    if isinstance(decision, NewGeneration):
+        return
+    told = stream(at(server), attempt, at(applied), attempt)
+    check(where, chain, told)
