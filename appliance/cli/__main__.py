@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from appliance.cli import agent, lab, machines, pki
+from appliance.cli import agent, export, lab, machines, mount, pki, points, verify
 from daemon.service import fail
 from replication.errors import ReplicationError
 
@@ -16,7 +16,14 @@ app = typer.Typer(
 )
 app.add_typer(pki.app, name="pki")
 app.add_typer(agent.app, name="agent")
-app.command()(machines.machines)
+for command in (
+    machines.machines,
+    points.points,
+    mount.mount,
+    export.export,
+    verify.verify,
+):
+    app.command()(command)
 lab.register(app)
 
 

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from appliance.applier.store import ReaderStore, machines_in, open_reader
+from appliance.applier.store import Point, ReaderStore, machines_in, open_reader
+from appliance.applier.store.point_names import LATEST, point_name
+from replication.bookmark import DiskShape
 from replication.errors import ConfigError
 
 STORE_VARIABLE = "UNDERSTUDY_STORE"
@@ -24,6 +26,12 @@ Store = Annotated[
     ),
 ]
 Machine = Annotated[str, typer.Argument(metavar="MACHINE", help="A machine's name or id.")]
+PointName = Annotated[
+    str,
+    typer.Option(
+        "--point", metavar="ID", help="A point's name or position, as `points` lists it; or latest."
+    ),
+]
 
 
 def find_store(store: str | None) -> str:
@@ -51,3 +59,35 @@ def find_machine(store: str | None, wanted: str) -> ReaderStore:
     names = ", ".join(sorted(reader.name or str(reader.machine) for reader in readers)) or "none"
     what = "more than one machine is" if found else "no machine is"
     raise ConfigError(f"{what} called {wanted!r}", hint=f"the store holds: {names}")
+
+
+def find_point(reader: ReaderStore, wanted: str) -> Point:
+    """A recovery point by name or position, or the newest; ConfigError when there is none."""
+    points = reader.points()
+    if not points:
+        raise ConfigError(
+            f"{reader.name} has no recovery point yet",
+            hint="the first one exists when its initial replication is complete",
+        )
+    if wanted == LATEST:
+        return points[-1]
+    for point in points:
+        if wanted in (point_name(point), str(point.position)):
+            return point
+    raise ConfigError(
+        f"{reader.name} has no point {wanted!r}",
+        hint=f"it has {point_name(points[0])} to {point_name(points[-1])}; "
+        f"see `understudy points {reader.name}`",
+    )
+
+
+def find_disk(point: Point, wanted: int | None) -> DiskShape:
+    """A disk of a point by index; the only one where none is named."""
+    indexes = ", ".join(str(shape.index) for shape in point.disks)
+    if wanted is None and len(point.disks) == 1:
+        return point.disks[0]
+    for shape in point.disks:
+        if shape.index == wanted:
+            return shape
+    what = "say which disk" if wanted is None else f"there is no disk {wanted}"
+    raise ConfigError(what, hint=f"--disk is one of {indexes}")

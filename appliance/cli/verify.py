@@ -1,0 +1,67 @@
+"""``understudy verify``: re-read points against the digests that were made from the source."""
+
+from typing import Any
+
+import typer
+
+from appliance.applier.store import Damage, Point, ReaderStore
+from appliance.applier.store.point_names import point_name
+from appliance.cli.output import AsJson, mebibytes, print_json, progress_bytes
+from appliance.cli.store_choice import Machine, PointName, Store, find_machine, find_point
+from replication.errors import IntegrityError
+
+DAMAGES_SHOWN_MAX = 20
+
+
+def verify(
+    machine: Machine,
+    *,
+    point: PointName = "latest",
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every block of a point and compare it with its digest; exit code 6 if one is rotten."""
+    reader = find_machine(store, machine)
+    found = find_point(reader, point)
+    damages, read_bytes = _read_all(reader, found, quiet=as_json)
+    if as_json:
+        print_json(
+            {
+                "point": point_name(found),
+                "position": found.position,
+                "read_bytes": read_bytes,
+                "damaged": [_row(damage) for damage in damages],
+            }
+        )
+    elif not damages:
+        typer.echo(f"{point_name(found)}: {mebibytes(read_bytes)} read, every block is right")
+    if damages:
+        shown = "; ".join(
+            f"disk {damage.disk} block {damage.block} ({damage.file} at byte {damage.offset})"
+            for damage in damages[:DAMAGES_SHOWN_MAX]
+        )
+        raise IntegrityError(
+            f"{len(damages)} blocks of {point_name(found)} are rotten: {shown}",
+            hint="they are refused, never served; the applier asks the source for fresh ones",
+        )
+
+
+def _read_all(reader: ReaderStore, point: Point, *, quiet: bool) -> tuple[list[Damage], int]:
+    damages: list[Damage] = []
+    read_bytes = 0
+    for shape in point.disks:
+        with reader.open_view(point.position, shape.index) as view:
+            total = sum(run.length for run in view.extents() if run.is_data)
+            with progress_bytes(f"disk {shape.index}", total, quiet=quiet) as report:
+                damages += view.find_damage(report)
+            read_bytes += total
+    return damages, read_bytes
+
+
+def _row(damage: Damage) -> dict[str, Any]:
+    return {
+        "disk": damage.disk,
+        "block": damage.block,
+        "file": damage.file,
+        "offset": damage.offset,
+    }
