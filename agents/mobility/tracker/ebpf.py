@@ -3,19 +3,26 @@
 Pins, in bpffs, so that all of it outlives the agent but not the boot::
 
     /sys/fs/bpf/understudy/<machine>/
-        link0 link1 link2    the attached copies of the program
+        issue0 complete0 …   the attached copies of the program
         disks                device number -> bitmap of the running epoch
         lost                 device number -> how many changes had no bit
         <disk index>/a b     the disk's two bitmaps
         <disk index>/fresh   a once more, until the first forget()
 
-**Why no bit is lost.** A completed request is marked, before its writer hears of it, in the bitmap
-that ``disks`` names at that moment: the *running* one; the other is *closed*. A swap puts the
-closed bitmap into ``disks``. The kernel replaces the one by the other in one step, and the system
-call then waits for an RCU grace period, that is until every program that had looked up the old
-bitmap has ended. So after it no bit can arrive in the closed bitmap any more: it may be read
-without a lock, and every later completion is in the running one. Bits are only ever cleared by
-``forget``, in the closed bitmap, after a swap by the same process.
+**Why no bit is lost.** A request is marked when it is issued, and when it completes, before its
+writer hears of that, in the bitmap that ``disks`` names at that moment: the *running* one; the
+other is *closed*. A swap puts the closed bitmap into ``disks``. The kernel replaces the one by the
+other in one step, and the system call then waits for an RCU grace period, that is until every
+program that had looked up the old bitmap has ended. So after it no bit can arrive in the closed
+bitmap any more: it may be read without a lock, and every later mark is in the running one. A
+request under way during the swap is in both, since its data may arrive after the closed bitmap's
+blocks were read. Bits are only ever cleared by ``forget``, in the closed bitmap, after a swap by
+the same process.
+
+What remains: where the kernel tells nobody of a completion (see dirty.bpf.c) *and* a swap fell
+between the request's issue and its completion *and* the block was read in that time, its new
+content is not sent. After a freeze nothing is under way, so a block that is read under the freeze
+is right in any case; the continuous audit finds the rest.
 
 **Why a crash loses nothing.** Which bitmap runs is read from ``disks``, never remembered. Both
 stay pinned, so a process that is killed leaves its bits in one or the other, and the next ``swap``
@@ -23,7 +30,7 @@ returns both. Where the closed one still holds bits (nobody forgot them), it is 
 them: they are returned now and once more by the swap after, since too many blocks are harmless.
 The bits need no wait of the killed process: they are in a pinned bitmap whichever way it ended.
 
-A tracker is whole once ``disks`` holds its bitmap, and the machine's part once ``link2`` is
+A tracker is whole once ``disks`` holds its bitmap, and the machine's part once all links are
 pinned; both come last when it is made and go first when it is removed. What is found half-made is
 made anew, and is ``fresh``.
 
@@ -61,10 +68,10 @@ if TYPE_CHECKING:
 BPFFS = "/sys/fs/bpf"
 ROOT = f"{BPFFS}/understudy"
 PROGRAM = os.path.join(os.path.dirname(__file__), "dirty.bpf.o")
-COPIES = 3
-"""One for each kind of context that completes requests: see dirty.bpf.c."""
+PROGRAMS = ("issue0", "issue1", "issue2", "complete0", "complete1", "complete2")
+"""What dirty.bpf.c attaches; the pin of each one's link has its name. The last makes it whole."""
 
-MACHINE_PINS = ("disks", "lost", *(f"link{copy}" for copy in range(COPIES)))
+MACHINE_PINS = ("disks", "lost", *PROGRAMS)
 
 MAKE_ATTEMPTS_MAX = 5
 """How often a folder is made again that another machine's agent removes at the same moment."""
@@ -277,8 +284,8 @@ def _make_machine(machine_folder: str) -> None:
     with libbpf.loaded_object(PROGRAM) as handle:
         for name in ("disks", "lost"):
             libbpf.pin(libbpf.map_of(handle, name), f"{machine_folder}/{name}")
-        for copy in range(COPIES):
-            libbpf.attach_and_pin(handle, f"mark{copy}", f"{machine_folder}/link{copy}")
+        for name in PROGRAMS:
+            libbpf.attach_and_pin(handle, name, f"{machine_folder}/{name}")
 
 
 def _make_disk(machine_folder: str, folder: str, device: Device) -> None:
@@ -323,10 +330,10 @@ def _remove_disk(machine_folder: str, folder: str) -> None:
 def _remove_machine(machine_folder: str) -> None:
     if not os.path.isdir(machine_folder):
         return
-    names = sorted(os.listdir(machine_folder), reverse=True)
-    # The links first, the last of them before the others: from then on it counts as half-made.
-    for name in [name for name in names if name.startswith("link")]:
-        os.unlink(f"{machine_folder}/{name}")
+    # The links first: from then on it counts as half-made.
+    for name in PROGRAMS:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{machine_folder}/{name}")
     for folder in _disk_folders(machine_folder):
         _remove_disk(machine_folder, folder)
     for name in os.listdir(machine_folder):

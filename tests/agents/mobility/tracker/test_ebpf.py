@@ -321,7 +321,7 @@ def test_remove_leaves_nothing(machine: uuid.UUID, disk: LoopDisk, open_device: 
     remove_machine(machine)  # fine when there is nothing
 
 
-@pytest.mark.parametrize("missing", ["link2", "link0", "lost", "disks", "0/a", "0/b"])
+@pytest.mark.parametrize("missing", ["complete2", "issue0", "lost", "disks", "0/a", "0/b"])
 def test_half_made_pins_are_made_anew(
     machine: uuid.UUID, disk: LoopDisk, open_device: OpenDevice, missing: str
 ) -> None:
