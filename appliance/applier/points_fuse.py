@@ -47,7 +47,7 @@ from replication.errors import (
 
 if TYPE_CHECKING:
     import uuid
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from appliance.applier.store.model import Point
     from appliance.applier.store.reader_store import ReaderStore
@@ -57,6 +57,8 @@ __all__ = ["export", "serve_points"]
 
 READ_BYTES_MAX = 1 << 20
 READ_THREADS = 4
+INLINE_BYTES_MAX = 16 << 10
+"""Reads up to this are done at once: handing them to a thread costs more than they do."""
 TASKS_MAX = 32
 FOLDER_SECONDS = 1.0
 """How long the kernel may believe a listing; files never change, so those it may keep."""
@@ -166,6 +168,9 @@ class PointsTree(pyfuse3.Operations):
         assert not isinstance(content, list)
         if isinstance(content, bytes):
             return content[off : off + size]
+        if size <= INLINE_BYTES_MAX:
+            with _told_to_kernel(self._log):
+                return content.read(off, size)
         data: bytes = await self._call(content.read, off, size)
         return data
 
@@ -195,18 +200,8 @@ class PointsTree(pyfuse3.Operations):
 
     async def _call(self, work: Callable[..., Any], *given: Any) -> Any:
         """Do blocking work in a thread; errors become the kernel's."""
-        try:
+        with _told_to_kernel(self._log):
             return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
-        except ConfigError as error:
-            raise pyfuse3.FUSEError(errno.ENOENT) from error
-        except UnavailableError as error:
-            raise pyfuse3.FUSEError(errno.EAGAIN) from error
-        except (IntegrityError, StorageError) as error:
-            self._log.error("read refused", code=error.code, reason=str(error))
-            raise pyfuse3.FUSEError(errno.EIO) from error
-        except OSError as error:
-            self._log.error("read failed", reason=str(error))
-            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
 
     def _children(self, node: Node) -> list[tuple[str, Node]]:
         if node.disk is not None or node.is_latest:
@@ -300,6 +295,23 @@ class PointsTree(pyfuse3.Operations):
         self._next_handle += 1
         self._open[handle] = content
         return handle
+
+
+@contextlib.contextmanager
+def _told_to_kernel(log: Any) -> Iterator[None]:
+    """Turn our errors into the kernel's; tell the log of those that a reader cannot explain."""
+    try:
+        yield
+    except ConfigError as error:
+        raise pyfuse3.FUSEError(errno.ENOENT) from error
+    except UnavailableError as error:
+        raise pyfuse3.FUSEError(errno.EAGAIN) from error
+    except (IntegrityError, StorageError) as error:
+        log.log(logging.ERROR, "read refused", code=error.code, reason=str(error))
+        raise pyfuse3.FUSEError(errno.EIO) from error
+    except OSError as error:
+        log.log(logging.ERROR, "read failed", reason=str(error))
+        raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
 
 
 def serve_points(store_root: str, mountpoint: str) -> None:

@@ -91,6 +91,7 @@ class ReaderStore:
         Raises ConfigError when there is no such position or disk, IntegrityError when a layer is
         unusable, UnavailableError when the base is just moving past the position.
         """
+        self.chain()  # says so when there is no such machine, before a pin is tried
         missing: FileNotFoundError | None = None
         for _ in range(OPEN_TRIES_MAX):
             pin = Pin.take(os.path.join(self.folder, "pins"), position)
