@@ -155,7 +155,7 @@ class MachineApplier:
             warning = str(error)
         keeping.tend(busy=moved)
         await self._say(store, keeping)
-        self._report(keeping, warning)
+        self._report(_head(store), keeping, warning)
         return moved
 
     async def _go_on(self, store: MachineStore, keeping: Keeping) -> bool:
@@ -280,7 +280,7 @@ class MachineApplier:
         keeping.tell(code, message)
         _log.error("integrity", machine=self._machine.name, code=code, what=message)
 
-    def _report(self, keeping: Keeping, warning: str) -> None:
+    def _report(self, head: Stamp, keeping: Keeping, warning: str) -> None:
         lost = self._lost(keeping)
         told = [warning] if warning else []
         if self._asking.names:
@@ -295,15 +295,15 @@ class MachineApplier:
         )
         name, metrics = self._machine.name, self._shared.metrics
         metrics.wanted_blobs.labels(name).set(len(self._asking.names))
+        newest = self._inbox.newest
+        behind = newest.number - (head.number if newest.generation == head.generation else 0)
+        metrics.lag_changesets.labels(name).set(behind if newest > head else 0)
 
     def _count_applied(self, opened: Opened) -> None:
         name, metrics = self._machine.name, self._shared.metrics
         metrics.changesets.labels(name).inc()
         metrics.sent_bytes.labels(name).inc(opened.manifest.sent_bytes)
         metrics.changed_bytes.labels(name).inc(opened.manifest.changed_bytes)
-        stamp, newest = opened.manifest.stamp, self._inbox.newest
-        behind = newest.number - (stamp.number if newest.generation == stamp.generation else 0)
-        metrics.lag_changesets.labels(name).set(max(0, behind))
 
     def _count_lease(self) -> None:
         held = self._lease.ownership is Ownership.OURS

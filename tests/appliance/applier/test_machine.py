@@ -2,6 +2,7 @@
 
 import asyncio
 
+from daemon.service import Service
 from replication.bookmark import Consistency, Stamp
 from tests.appliance.applier.running import Site, until
 from tests.appliance.applier.source import a_source
@@ -109,14 +110,16 @@ async def test_gap_is_asked_for_and_closed(any_site: Site) -> None:
         changesets.append(source.changeset())
     for changeset in (changesets[0], changesets[4], changesets[3]):
         await changeset.put(any_site.account)
-    async with any_site.applier(source):
+    async with any_site.applier(source) as service:
         watermark = await any_site.until(source, lambda found: bool(found.wanted))
         assert watermark.applied == Stamp(1, 1)
+        await until(lambda: lag(service) == 4)
         assert watermark.wanted == (changesets[1].manifest_name, changesets[2].manifest_name)
         for changeset in (changesets[2], changesets[1]):
             await changeset.put(any_site.account)
         watermark = await any_site.until_applied(source, Stamp(1, 5))
         assert watermark.wanted == ()
+        await until(lambda: lag(service) == 0)
     any_site.check(source, *changesets)
 
 
@@ -287,3 +290,8 @@ async def test_passed_containers_are_dropped_and_the_current_one_stays(any_site:
             await asyncio.sleep(0.05)
         assert left == [later.container]
     any_site.check(source, first, later)
+
+
+def lag(service: Service) -> float | None:
+    labels = {"machine": "web"}
+    return service.registry.get_sample_value("understudy_applier_lag_changesets", labels)
