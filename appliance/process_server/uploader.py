@@ -84,6 +84,8 @@ class Uploader:
                     lambda container=container: self._cache.sizes(container)  # type: ignore[misc]
                 )
             note_uploaded(changeset, sizes[container])
+            if changeset.whole:
+                self._note_durable(stream, changeset)
 
     async def put_segments(self, stream: Stream, changeset: Changeset) -> None:
         """Put the segments that are not known to be there."""
@@ -108,6 +110,7 @@ class Uploader:
         container = container_name(stream.machine, changeset.stamp)
 
         async def put() -> None:
+            _refuse_pruned(stream, changeset)
             content = await self._disk.run(stream.spool.read_manifest, changeset.id)
             await self._cache.put(container, name, content, over=over)
 
@@ -121,6 +124,10 @@ class Uploader:
         changeset.whole = True
         changeset.recheck_seconds = changeset.recheck_seconds or self._recheck_seconds
         changeset.recheck_at = asyncio.get_running_loop().time() + changeset.recheck_seconds
+        self._note_durable(stream, changeset)
+
+    @staticmethod
+    def _note_durable(stream: Stream, changeset: Changeset) -> None:
         if all(one.whole for one in held_in_order(stream) if one.stamp < changeset.stamp):
             stream.durable_ns = max(stream.durable_ns, changeset.time_ns)
 
@@ -137,6 +144,7 @@ class Uploader:
         container = container_name(stream.machine, changeset.stamp)
 
         async def put() -> None:
+            _refuse_pruned(stream, changeset)
             content = await self._disk.run(stream.spool.read_segment, changeset.id, segment)
             await self._cache.put(container, name, content, over=over)
 
@@ -168,6 +176,12 @@ def note_uploaded(changeset: Changeset, sizes: dict[str, int]) -> None:
         len(changeset.uploaded) == len(changeset.segments)
         and sizes.get(manifest_name(number)) == changeset.manifest_bytes
     )
+
+
+def _refuse_pruned(stream: Stream, changeset: Changeset) -> None:
+    """What is applied is not put: its container may be dropped by now, and would come back."""
+    if changeset.stamp not in stream.held:
+        raise FileNotFoundError(str(changeset.id))
 
 
 def _refuse_lost(stream: Stream, changeset: Changeset) -> None:

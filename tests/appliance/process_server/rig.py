@@ -166,6 +166,13 @@ health_port = {self.health_port}
             found: dict[str, Any] = await response.json()
             return found
 
+    async def metrics(self) -> dict[str, float]:
+        url = f"http://127.0.0.1:{self.health_port}/metrics"
+        async with aiohttp.ClientSession() as session, session.get(url) as response:
+            lines = (await response.text()).splitlines()
+        told = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in told}
+
     def spooled(self, machine: uuid.UUID) -> list[str]:
         """The files of a machine's attempts."""
         folder = self.spool / str(machine)

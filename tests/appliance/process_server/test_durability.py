@@ -146,44 +146,96 @@ async def test_full_disk_refuses_and_recovers(
         server.kill()
 
 
-async def test_full_spool_refuses_until_the_applier_catches_up(
-    tmp_path: Path, certificates: Certificates, azurite: EmulatorProcess
-) -> None:
-    machine = uuid.uuid4()
-    account = Account(azurite.connection_string)
+@pytest.fixture(scope="module")
+def small_server(
+    tmp_path_factory: pytest.TempPathFactory, certificates: Certificates, azurite: EmulatorProcess
+) -> Iterator[ProcessServer]:
+    """A server with the smallest spool that there is; a test leaves it empty."""
+    folder = tmp_path_factory.mktemp("small_server")
     server = ProcessServer(
-        tmp_path, certificates, azurite.connection_string, spool_bytes_max=SPOOL_BYTES_MIN
+        folder, certificates, azurite.connection_string, spool_bytes_max=SPOOL_BYTES_MIN
     )
-    server.start()
     try:
-        async with Agent(server, machine) as agent:
-            number = 0
-            while True:
-                number += 1
-                changeset = make_changeset(
-                    machine,
-                    Stamp(1, number),
-                    segment_count=1,
-                    frames_per_segment=12,
-                    blocks_per_frame=256,
-                )
-                reply = await agent.put(changeset, 0)
-                if reply.status == 429:
-                    break
-                assert (await agent.commit(changeset)).status == 201
-            assert number == 6
-            assert reply.told == (429, "spool_full")
-            assert int(reply.headers["Retry-After"]) >= 1
-            heartbeat = make_changeset(machine, Stamp(1, number), segment_count=0)
-            assert (await agent.commit(heartbeat)).status == 201
-            await become(lambda: in_health(server, "warnings", "spool"))
-            await account.apply(machine, Stamp(1, number))
-            await become(lambda: server.spooled(machine) == [])
-            await agent.send(make_changeset(machine, Stamp(1, number + 1)))
-            await become(lambda: not_in_health(server, "warnings", "spool"))
+        yield server.start()
     finally:
         server.kill()
+
+
+@contextlib.asynccontextmanager
+async def applied_in_the_end(
+    server: ProcessServer, azurite: EmulatorProcess, *machines: uuid.UUID
+) -> AsyncIterator[Account]:
+    account = Account(azurite.connection_string)
+    try:
+        yield account
+        for machine in machines:
+            await account.apply(machine, Stamp(9, 9))
+            await become(lambda machine=machine: server.spooled(machine) == [])
+    finally:
         await account.close()
+
+
+def make_large(machine: uuid.UUID, stamp: Stamp, segment_count: int) -> SampleChangeset:
+    """A changeset whose segments have 12 MiB: five of them fit into the smallest spool."""
+    return make_changeset(
+        machine, stamp, segment_count=segment_count, frames_per_segment=12, blocks_per_frame=256
+    )
+
+
+async def test_full_spool_refuses_until_the_applier_catches_up(
+    small_server: ProcessServer, azurite: EmulatorProcess
+) -> None:
+    server, machine = small_server, uuid.uuid4()
+    async with (
+        applied_in_the_end(server, azurite, machine) as account,
+        Agent(server, machine) as agent,
+    ):
+        for number in range(1, 6):
+            await agent.send(make_large(machine, Stamp(1, number), 1))
+        reply = await agent.put(make_large(machine, Stamp(1, 6), 1), 0)
+        assert reply.told == (429, "spool_full")
+        assert int(reply.headers["Retry-After"]) >= 1
+        heartbeat = make_changeset(machine, Stamp(1, 6), segment_count=0)
+        assert (await agent.commit(heartbeat)).status == 201
+        await become(lambda: in_health(server, "warnings", "spool"))
+        await account.apply(machine, Stamp(1, 6))
+        await become(lambda: server.spooled(machine) == [])
+        await agent.send(make_large(machine, Stamp(1, 7), 1))
+        await become(lambda: not_in_health(server, "warnings", "spool"))
+
+
+async def test_attempts_of_agents_that_died_make_room(
+    small_server: ProcessServer, azurite: EmulatorProcess
+) -> None:
+    machine = uuid.uuid4()
+    async with (
+        applied_in_the_end(small_server, azurite, machine),
+        Agent(small_server, machine) as agent,
+    ):
+        for _ in range(4):  # each dies before its commit
+            changeset = make_large(machine, Stamp(1, 1), 2)
+            await agent.put_all(changeset)
+        assert (await agent.commit(changeset)).status == 201
+
+
+async def test_halves_of_several_machines_do_not_block_each_other_for_good(
+    small_server: ProcessServer, azurite: EmulatorProcess
+) -> None:
+    machines = (uuid.uuid4(), uuid.uuid4())
+    halves = [make_large(machine, Stamp(1, 1), 4) for machine in machines]
+    async with (
+        applied_in_the_end(small_server, azurite, *machines),
+        Agent(small_server, machines[0]) as older,
+        Agent(small_server, machines[1]) as younger,
+    ):
+        for index in (0, 1):
+            assert (await older.put(halves[0], index)).status == 201
+            assert (await younger.put(halves[1], index)).status == 201
+        assert (await older.put(halves[0], 2)).status == 201
+        assert (await younger.put(halves[1], 2)).told == (429, "spool_full")
+        assert (await older.put(halves[0], 3)).status == 201
+        assert (await older.commit(halves[0])).status == 201
+        assert (await younger.commit(halves[1])).told == (409, "out_of_order")
 
 
 async def in_health(server: ProcessServer, kind: str, part: str) -> bool:
@@ -192,62 +244,6 @@ async def in_health(server: ProcessServer, kind: str, part: str) -> bool:
 
 async def not_in_health(server: ProcessServer, kind: str, part: str) -> bool:
     return part not in (await server.health())[kind]
-
-
-async def test_attempts_of_agents_that_died_make_room(
-    tmp_path: Path, certificates: Certificates, azurite: EmulatorProcess
-) -> None:
-    machine = uuid.uuid4()
-    server = ProcessServer(
-        tmp_path, certificates, azurite.connection_string, spool_bytes_max=SPOOL_BYTES_MIN
-    )
-    server.start()
-    try:
-        async with Agent(server, machine) as agent:
-            for _ in range(5):  # each dies before its commit
-                changeset = make_changeset(
-                    machine,
-                    Stamp(1, 1),
-                    segment_count=2,
-                    frames_per_segment=10,
-                    blocks_per_frame=256,
-                )
-                await agent.put_all(changeset)
-            assert (await agent.commit(changeset)).status == 201
-    finally:
-        server.kill()
-
-
-async def test_halves_of_several_machines_do_not_block_each_other_for_good(
-    tmp_path: Path, certificates: Certificates, azurite: EmulatorProcess
-) -> None:
-    machines = (uuid.uuid4(), uuid.uuid4())
-    server = ProcessServer(
-        tmp_path, certificates, azurite.connection_string, spool_bytes_max=SPOOL_BYTES_MIN
-    )
-    server.start()
-    try:
-        async with Agent(server, machines[0]) as older, Agent(server, machines[1]) as younger:
-            halves = [
-                make_changeset(
-                    machine,
-                    Stamp(1, 1),
-                    segment_count=4,
-                    frames_per_segment=12,
-                    blocks_per_frame=256,
-                )
-                for machine in machines
-            ]
-            for index in (0, 1):
-                for agent, changeset in zip((older, younger), halves, strict=True):
-                    assert (await agent.put(changeset, index)).status == 201
-            assert (await older.put(halves[0], 2)).status == 201
-            assert (await younger.put(halves[1], 2)).told == (429, "spool_full")
-            assert (await older.put(halves[0], 3)).status == 201
-            assert (await older.commit(halves[0])).status == 201
-            assert (await younger.commit(halves[1])).told == (409, "out_of_order")
-    finally:
-        server.kill()
 
 
 async def test_damaged_segment_is_never_uploaded(
@@ -275,14 +271,6 @@ async def test_damaged_segment_is_never_uploaded(
     finally:
         server.kill()
         await account.close()
-
-
-async def test_spool_belongs_to_one_process(own_server: ProcessServer, tmp_path: Path) -> None:
-    own_server.start()
-    (tmp_path / "other").mkdir()
-    other = ProcessServer(tmp_path / "other", own_server.certificates, "x", spool=own_server.spool)
-    with pytest.raises(AssertionError, match="in use by another process"):
-        other.start()
 
 
 async def test_sigterm_lets_a_request_end(own_server: ProcessServer) -> None:

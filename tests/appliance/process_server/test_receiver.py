@@ -248,10 +248,9 @@ async def test_what_the_agent_knows_to_be_applied_counts(server: ProcessServer) 
         assert (await agent.send(changeset)).state.committed == Stamp(3, 8)
 
 
-async def test_commit_drops_other_attempts_and_older_leftovers(own_server: ProcessServer) -> None:
+async def test_commit_drops_other_attempts_and_older_leftovers(server: ProcessServer) -> None:
     machine = uuid.uuid4()
-    own_server.start()
-    async with Agent(own_server, machine) as agent:
+    async with Agent(server, machine) as agent:
         older = make_changeset(machine, Stamp(1, 1))
         abandoned = make_changeset(machine, Stamp(1, 2), since=0)
         later = make_changeset(machine, Stamp(1, 3))
@@ -259,9 +258,27 @@ async def test_commit_drops_other_attempts_and_older_leftovers(own_server: Proce
         for changeset in (older, abandoned, later, taken):
             await agent.put_all(changeset)
         await agent.commit(taken)
-        left = {path.split("/")[2] for path in own_server.spooled(machine)}
+        left = {path.split("/")[2] for path in server.spooled(machine)}
         assert left == {taken.attempt.hex(), later.attempt.hex()}
         assert (await agent.commit(later)).status == 201
+
+
+async def test_refusals_and_bytes_are_counted(server: ProcessServer) -> None:
+    machine = uuid.uuid4()
+    async with Agent(server, machine) as agent:
+        changeset = make_changeset(machine, Stamp(1, 1))
+        before = await server.metrics()
+        await agent.send(changeset)
+        await agent.put(changeset, 0, body=changeset.segments[1])
+        after = await server.metrics()
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    assert grown("understudy_segments_received_total") == 2
+    assert grown("understudy_bytes_received_total") == sum(map(len, changeset.segments))
+    assert grown('understudy_refusals_total{code="conflict"}') == 1
+    assert after["understudy_spool_bytes_max"] == 1 << 30
 
 
 @pytest.mark.parametrize(
