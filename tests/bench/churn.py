@@ -34,7 +34,7 @@ def measure_delta(where: Place) -> list[Row]:
         for _ in range(2 if where.quick else 5):
             time.sleep(6.0)  # the interval between changesets has passed: the next is due at once
             where.rest()
-            took.append(_restorable_after(rig, disk.device, size_bytes // 100))
+            took.append(_restorable_after(rig, disk.device, size_bytes // BLOCK_BYTES // 100))
             sent = rig.agent_status()["records"][-1]["sent_bytes"]
             limits.append(
                 plain.blob_round_trip(
@@ -66,16 +66,15 @@ def measure_delta(where: Place) -> list[Row]:
     ]
 
 
-def _restorable_after(rig: Rig, device: str, size_bytes: int) -> float:
+def _restorable_after(rig: Rig, device: str, count: int) -> float:
     """Write random blocks while the agent stands still; seconds from its waking to the point.
 
     Otherwise it would take up the first of them in a changeset of its own.
     """
     os.kill(rig.agent.pid, signal.SIGSTOP)
     try:
-        chosen = random.sample(
-            range(os.stat(rig.disks[0].image).st_size // BLOCK_BYTES), size_bytes // BLOCK_BYTES
-        )
+        blocks = rig.disks[0].size_bytes // BLOCK_BYTES
+        chosen = random.sample(range(blocks), count)
         fd = os.open(device, os.O_WRONLY)
         try:
             for block in chosen:
@@ -87,7 +86,9 @@ def _restorable_after(rig: Rig, device: str, size_bytes: int) -> float:
     finally:
         os.kill(rig.agent.pid, signal.SIGCONT)
     point = rig.wait_for_point(SECONDS_MAX, after_ns=written_ns)
-    assert point.changed_bytes >= size_bytes, "the changeset does not hold what was written"
+    assert point.changed_bytes >= count * BLOCK_BYTES, (
+        "the changeset does not hold what was written"
+    )
     return (point.applied_ns - written_ns) / 1e9
 
 
