@@ -1,6 +1,7 @@
 """What is cut into frames comes out of the frames again, whatever the disk looks like."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_huge_holes_cost_next_to_nothing() -> None:
     assert len(extents) <= total // COUNT_MAX + 1 + len(windows) // 16
     assert extents[0].block == 0
     assert extents[-1].end == total
-    assert all(a.end == b.block for a, b in zip(extents, extents[1:], strict=False))
+    assert all(a.end == b.block for a, b in pairwise(extents))
     assert all(extent.zero and extent.count <= COUNT_MAX for extent in extents)
     scattered = list(zero_contents(0, [(block, 1) for block in range(0, 5000, 2)]))
     assert [len(frame.extents) for frame in scattered] == [1024, 1024, 452]

@@ -205,6 +205,7 @@ numbers = st.integers(0, 12)
     pending=st.booleans(),
 )
 def test_any_history_makes_sense(
+    *,
     committed: int,
     back: int,
     retained: dict[int, int],
