@@ -49,8 +49,12 @@ def finish(state: StreamStateFile) -> None:
     pending = position.pending
     assert pending is not None
     number = pending.stamp.number
-    subtract(state.todo, state.read_retained(number))
+    # Changed in memory only once it is durable: else a failed write would leave a commit pending
+    # whose blocks are no longer to do.
+    todo = {disk: blocks.copy() for disk, blocks in state.todo.items()}
+    subtract(todo, state.read_retained(number))
     state.save(
+        todo,
         committed=number,
         attempt=pending.attempt,
         since=number,
@@ -72,7 +76,7 @@ def fold(state: StreamStateFile, since: int, lost: Sequence[int]) -> None:
     """Changesets were lost upstream: their blocks are to do again, counting from ``since``."""
     for number in lost:
         merge(state.todo, state.read_retained(number))
-    state.save(since=since)
+    state.save(since=since)  # before the sets go
     state.forget(lost)
 
 
@@ -88,8 +92,8 @@ def begin_generation(
         stream.committed.generation,
         stream.watermark.applied.generation,
     )
-    state.todo = {disk: BlockSet.full(count) for disk, count in block_counts.items()}
     state.save(
+        {disk: BlockSet.full(count) for disk, count in block_counts.items()},
         generation=max(known) + 1,
         committed=0,
         since=0,
@@ -100,7 +104,7 @@ def begin_generation(
         audit_chunk=0,
         identities=identities,
     )
-    state.drop_strays()
+    state.drop_retained()
 
 
 def learn_applied(state: StreamStateFile, applied: Stamp) -> int:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 import xxhash
 
 from agents.mobility.device import DeviceIdentity
-from daemon.durable import make_folder, storage_error, sync_folder, write_whole
+from daemon.durable import make_folder, storage_error, write_whole
 from replication.block_set import BLOCK_BYTES, BlockSet
 from replication.bookmark import NOTHING, Stamp
 from replication.document import Document, encode
@@ -37,8 +37,11 @@ BlockSets = dict[int, BlockSet]
 """Disk index to blocks."""
 
 _HEADER = struct.Struct("<4sB3xI16s")
+_DIGEST_BYTES = 16
 _MAGIC = b"USS1"
+_SETS_MAGIC = b"USR1"
 _VERSION = 1
+_BEGIN_ANEW = "remove {path} to begin a new generation, which sends the disks again"
 _JSON_BYTES_MAX = 1 << 20
 _SET_LENGTH = struct.Struct("<HxxxxxxQ")
 
@@ -49,10 +52,10 @@ def size_of(sets: BlockSets) -> int:
 
 
 def merge(into: BlockSets, sets: Mapping[int, BlockSet]) -> None:
-    """Add ``sets`` to ``into``; disks that ``into`` does not know are dropped."""
+    """Add ``sets`` to ``into``, which knows all their disks: nothing may be dropped on the way."""
     for disk, blocks in sets.items():
-        if disk in into and into[disk].block_count == blocks.block_count:
-            into[disk] |= blocks
+        assert disk in into, f"disk {disk} is not among those of the generation"
+        into[disk] |= blocks
 
 
 def subtract(from_sets: BlockSets, sets: Mapping[int, BlockSet]) -> None:
@@ -122,16 +125,21 @@ class StreamStateFile:
         self.todo: BlockSets = {}
         make_folder(self._retained_folder)
         self._load()
+        self.drop_strays()
 
     @property
     def folder(self) -> str:
         return self._folder
 
-    def save(self, **changes: object) -> None:
-        """Replace the file by ``todo`` and the position with ``changes``; durable on return."""
+    def save(self, todo: BlockSets | None = None, **changes: object) -> None:
+        """Replace the file by ``todo`` and the position with ``changes``; durable on return.
+
+        todo: replaces the one in memory too, once it is durable. A failed write changes neither.
+        """
+        todo = self.todo if todo is None else todo
         position = replace(self.position, **changes)  # type: ignore[arg-type]
-        write_whole(self._path, _pack(position, self.todo))
-        self.position = position
+        write_whole(self._path, _pack(position, todo))
+        self.position, self.todo = position, todo
 
     def retain(self, number: int, since: int, sets: BlockSets) -> None:
         """Keep what a changeset holds until it is known to be applied; durable on return.
@@ -141,7 +149,9 @@ class StreamStateFile:
         """
         self.forget([number])
         name = f"{self.position.generation:08}-{number:012}-{since:012}.sets"
-        write_whole(os.path.join(self._retained_folder, name), _pack_sets(sets))
+        write_whole(
+            os.path.join(self._retained_folder, name), _sealed(_SETS_MAGIC, b"", _pack_sets(sets))
+        )
 
     def retained(self) -> dict[int, int]:
         """The changesets of this generation that are kept: number to the number it counts from."""
@@ -151,27 +161,59 @@ class StreamStateFile:
         """The blocks of a changeset that is kept, a number of ``retained``."""
         for name, entry in self._entries().items():
             if entry.number == number:
-                with open(os.path.join(self._retained_folder, name), "rb") as file:
-                    return _unpack_sets(file.read())
-        raise IntegrityError(f"the block set of changeset {number} is gone from {self._folder}")
+                return self._read_sets(os.path.join(self._retained_folder, name))
+        raise self._anew(f"the block set of changeset {number} is gone from {self._folder}")
+
+    def _read_sets(self, path: str) -> BlockSets:
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+            return _unpack_sets(_unsealed(_SETS_MAGIC, data)[1])
+        except OSError as error:
+            raise storage_error("read", path, error) from error
+        except ReplicationError as error:
+            raise self._anew(f"the block set {path} is damaged: {error}") from error
+
+    def _anew(self, message: str) -> IntegrityError:
+        return IntegrityError(message, hint=_BEGIN_ANEW.format(path=self._path))
 
     def forget(self, numbers: Collection[int]) -> None:
         """Drop what is kept of changesets; not durable by itself, and needs not be."""
         for name, entry in self._entries().items():
             if entry.number in numbers:
-                os.unlink(os.path.join(self._retained_folder, name))
+                self._unlink(os.path.join(self._retained_folder, name))
+
+    def drop_retained(self) -> None:
+        """Remove all block sets: a generation begins, and they are of earlier ones."""
+        for name in self._listed():
+            self._unlink(os.path.join(self._retained_folder, name))
 
     def drop_strays(self) -> None:
-        """Remove what an interrupted write or an earlier generation left behind."""
+        """Remove what interrupted writes and earlier generations left behind."""
         known = self._entries()
-        for name in os.listdir(self._retained_folder):
+        for name in self._listed():
             if name not in known:
-                os.unlink(os.path.join(self._retained_folder, name))
-        sync_folder(self._retained_folder)
+                self._unlink(os.path.join(self._retained_folder, name))
+        prefix = f"{os.path.basename(self._path)}."
+        for name in os.listdir(self._folder):
+            if name.startswith(prefix) and name.endswith(".new"):
+                self._unlink(os.path.join(self._folder, name))
+
+    def _unlink(self, path: str) -> None:
+        try:
+            os.unlink(path)
+        except OSError as error:
+            raise storage_error("delete", path, error) from error
+
+    def _listed(self) -> list[str]:
+        try:
+            return os.listdir(self._retained_folder)
+        except OSError as error:
+            raise storage_error("list", self._retained_folder, error) from error
 
     def _entries(self) -> dict[str, _Retained]:
         found = {}
-        for name in os.listdir(self._retained_folder):
+        for name in self._listed():
             pieces = name.removesuffix(".sets").split("-")
             if not name.endswith(".sets") or len(pieces) != 3:
                 continue
@@ -192,10 +234,7 @@ class StreamStateFile:
         try:
             self.position, self.todo = _unpack(data)
         except ReplicationError as error:
-            raise IntegrityError(
-                f"the agent's state {self._path} is damaged: {error}",
-                hint="remove the file to begin a new generation, which sends the disks again",
-            ) from error
+            raise self._anew(f"the agent's state {self._path} is damaged: {error}") from error
 
 
 def _pack_sets(sets: BlockSets) -> bytes:
@@ -217,6 +256,27 @@ def _unpack_sets(data: bytes) -> BlockSets:
         sets[disk] = BlockSet.from_bytes(data[offset : offset + length])
         offset += length
     return sets
+
+
+def _sealed(magic: bytes, public: bytes, packed: bytes) -> bytes:
+    """A file: its header, which tells damage anywhere behind itself, and two parts."""
+    head = _HEADER.pack(magic, _VERSION, len(public), bytes(_DIGEST_BYTES))[:-_DIGEST_BYTES]
+    return head + xxhash.xxh3_128_digest(head + public + packed) + public + packed
+
+
+def _unsealed(magic: bytes, data: bytes) -> tuple[bytes, bytes]:
+    """The two parts of a file; IntegrityError when it is not as it was written."""
+    if len(data) < _HEADER.size:
+        raise IntegrityError("it is shorter than its header")
+    found, version, public_bytes, digest = _HEADER.unpack_from(data)
+    if found != magic or version != _VERSION:
+        raise IntegrityError(f"it starts with {found!r}, version {version}")
+    hasher = xxhash.xxh3_128(data[: _HEADER.size - _DIGEST_BYTES])
+    hasher.update(memoryview(data)[_HEADER.size :])
+    if hasher.digest() != digest:
+        raise IntegrityError("it does not have the digest that it declares")
+    end = _HEADER.size + public_bytes
+    return data[_HEADER.size : end], data[end:]
 
 
 def _pack(position: Position, todo: BlockSets) -> bytes:
@@ -245,20 +305,12 @@ def _pack(position: Position, todo: BlockSets) -> bytes:
             ],
         }
     )
-    body = public + _pack_sets(todo)
-    return _HEADER.pack(_MAGIC, _VERSION, len(public), xxhash.xxh3_128_digest(body)) + body
+    return _sealed(_MAGIC, public, _pack_sets(todo))
 
 
 def _unpack(data: bytes) -> tuple[Position, BlockSets]:
-    if len(data) < _HEADER.size:
-        raise IntegrityError("it is shorter than its header")
-    magic, version, public_bytes, digest = _HEADER.unpack_from(data)
-    if magic != _MAGIC or version != _VERSION:
-        raise IntegrityError(f"it starts with {magic!r}, version {version}")
-    if xxhash.xxh3_128_digest(memoryview(data)[_HEADER.size :]) != digest:
-        raise IntegrityError("it does not have the digest that it declares")
-    end = _HEADER.size + public_bytes
-    tree = Document.decode(data[_HEADER.size : end], "state", bytes_max=_JSON_BYTES_MAX)
+    public, packed = _unsealed(_MAGIC, data)
+    tree = Document.decode(public, "state", bytes_max=_JSON_BYTES_MAX)
     generation = tree.uint("generation")
     pending = None
     if "pending" in tree:
@@ -281,4 +333,4 @@ def _unpack(data: bytes) -> tuple[Position, BlockSets]:
             for item in tree.documents("identities", DISK_COUNT_MAX)
         },
     )
-    return position, _unpack_sets(data[end:])
+    return position, _unpack_sets(packed)
