@@ -84,21 +84,23 @@ class Replicator:
     async def run(self) -> None:
         """Run until ``service.stop`` is set."""
         log = structlog.get_logger()
-        await self._reconcile(await self._poll())
+        settled = False
         if self._config.app_consistency.interval_seconds:
             self._clock.app_at = time.monotonic()
         while not self._service.stop.is_set():
             try:
+                # A commit whose answer was not understood may have been taken. Before that is known
+                # the trackers must not be swapped: see bookkeeping.py.
+                if not settled or self._state.position.pending is not None:
+                    await self._reconcile(await self._poll())
+                    settled = True
                 await self._tick()
                 self._service.health.report("capture")
-            except OutOfOrderError as error:
-                log.warning("the stream is out of order", told=str(error))
-                await self._pause(TROUBLE_SECONDS)
-                if not self._service.stop.is_set():
-                    await self._reconcile(await self._poll())
             except (CaptureError, PeerError, StorageError) as error:
                 if self._service.stop.is_set():
                     return
+                if isinstance(error, OutOfOrderError):
+                    settled = False
                 self._service.health.report("capture", warning=str(error))
                 log.warning("changeset given up", reason=str(error))
                 await self._pause(TROUBLE_SECONDS)
@@ -197,10 +199,14 @@ class Replicator:
 
         self.status.begin(stamp, size_of(self._state.todo))
         reporting = asyncio.create_task(self._report(), name="status")
+        stopping = asyncio.create_task(self._abort_on_stop(aborted), name="stop")
         try:
             taken, builder = await self._upload(sealer, capture, aborted)
         finally:
             reporting.cancel()
+            stopping.cancel()
+            # How they ended matters to nobody: the next write of the status tells.
+            await asyncio.gather(reporting, stopping, return_exceptions=True)
         manifest = self._manifest(sealer, taken, builder)
         await asyncio.to_thread(
             make_pending,
@@ -215,13 +221,18 @@ class Replicator:
             ChangesetRecord.of(manifest, time.monotonic() - began, size_of(self._state.todo))
         )
         await self._learn(stream)
-        self._schedule(began, taken, app=app)
+        self._schedule(began, taken, app=app and taken.whole)
 
     async def _report(self) -> None:
         """Write the progress of the changeset under way from time to time."""
         while True:
             await asyncio.sleep(REPORT_SECONDS)
             self.status.write()
+
+    async def _abort_on_stop(self, aborted: threading.Event) -> None:
+        """A capture that only reads, of a scan or of holes, hears of it in no other way."""
+        await self._service.stop.wait()
+        aborted.set()
 
     async def _upload(
         self,
