@@ -8,7 +8,8 @@ order of reading. The steps and their order are the consistency argument:
 2. If nothing is in the new bitmaps after a round, what was read is exact: a point without a freeze.
    All disks are looked at twice, so that there is one instant at which none had changed.
 3. Otherwise: ``syncfs``, absorb once more, FIFREEZE all file systems, look at the new bitmaps (not
-   cleared: those blocks go again next time), read old and new into memory, FITHAW, send.
+   cleared: those blocks go again next time), read old and new into memory, FITHAW, send. It counts
+   as one instant only if the kernel has counted no write to any disk meanwhile: see stillness.py.
 
 A block that changed is in ``todo`` or in the running bitmap at every instant; a capture that ends
 anywhere, also by SIGKILL, loses nothing and is taken anew.
@@ -26,6 +27,7 @@ from agents.mobility.frame_builder import FrameContent, SegmentBuilder, contents
 from agents.mobility.freeze import Freezer, sync_file_systems
 from agents.mobility.reflink import ReflinkClone
 from agents.mobility.source import SourceDisk, peek_running
+from agents.mobility.stillness import WriteCounts, look, stood_still
 from agents.mobility.stream_state import BlockSets, StreamStateFile, merge, size_of
 from agents.mobility.tracker.scan import ScanTracker
 from replication.block_set import BLOCK_BYTES
@@ -114,9 +116,7 @@ class Capture:
 
         downgraded: why the point promises less than was asked for.
         """
-        mounts = [fs.mount_point for disk in self.disks for fs in disk.file_systems()]
-        if self._scanning:
-            mounts = []
+        mounts, unreachable = self._mounts()
         chunks, self._audit_chunk = sample(
             self.disks, self.state.position.audit_chunk, self.config.audit_chunks
         )
@@ -136,7 +136,7 @@ class Capture:
             self._send_live(last)
             last = {}
         if not mounts:
-            return self._take_without_freeze(downgraded)
+            return self._take_without_freeze(downgraded, unreachable)
         if size_of(last) > 2 * self.config.freeze_bytes_max:
             self._send_live(last)
             reason = f"the disks change faster than they can be read: {size_of(last)} bytes a round"
@@ -147,6 +147,7 @@ class Capture:
         try:
             self.freezer.freeze(mounts, self.config.freeze_seconds_max)
         except CaptureError as error:
+            self._run_post()
             self._send_live(last)
             return self._end(Consistency.NONE, str(error), self.state.todo)
         read: list[FrameContent] = []
@@ -154,6 +155,7 @@ class Capture:
         frozen_ns = self.clock_ns()
         peeked: BlockSets = {}
         try:
+            counts = look([disk.device for disk in self.disks])
             peeked = peek_running(self.disks)
             wanted = _union(last, peeked)
             if size_of(wanted) > 3 * self.config.freeze_bytes_max:
@@ -163,7 +165,9 @@ class Capture:
             else:
                 read = list(self._contents(wanted))
                 self._audit.refresh(_union(self._touched, wanted))
-            broken = broken or self._written_in_spite(peeked)
+            broken = broken or self._written_in_spite(peeked, counts)
+        except CaptureError as error:
+            broken = str(error)
         finally:
             result = self.freezer.thaw()
             self._run_post()
@@ -178,34 +182,44 @@ class Capture:
             return self._end(Consistency.NONE, broken, sent, pause_ns=result.pause_ns)
         return self._end(self._promise, downgraded, sent, at_ns=frozen_ns, pause_ns=result.pause_ns)
 
-    def _written_in_spite(self, peeked: BlockSets) -> str:
-        """Why the frozen state is not one instant; empty if it is.
-
-        A disk with a frozen file system must show nothing new since ``peeked``. One without must
-        have stood still since the last swap: a second write to a marked block leaves no trace.
-        """
-        for disk in self.disks:
-            now = disk.tracker.peek_running()
-            if disk.file_systems():
-                if now != peeked[disk.index]:
-                    return f"{disk.shape.name} was written to while its file systems were frozen"
-            elif now:
+    def _written_in_spite(self, peeked: BlockSets, before: Sequence[WriteCounts]) -> str:
+        """Why what was read since is not one instant; empty if it is."""
+        for disk, then in zip(self.disks, before, strict=True):
+            marked = disk.tracker.peek_running()
+            if marked != peeked[disk.index] or not stood_still(then, WriteCounts.of(disk.device)):
                 return (
-                    f"{disk.shape.name} is written to and has no file system that could be frozen"
+                    f"{disk.shape.name} was written to while its file systems were frozen: "
+                    "by swap, by an application on the raw disk, or by one that is not seen"
                 )
         return ""
 
-    def _take_without_freeze(self, downgraded: str) -> Taken:
+    def _mounts(self) -> tuple[list[str], str]:
+        """Where to freeze, and why nowhere although there are file systems."""
+        if self._scanning:
+            return [], ""
+        try:
+            return [fs.mount_point for disk in self.disks for fs in disk.file_systems()], ""
+        except CaptureError as error:
+            return [], str(error)
+
+    def _take_without_freeze(self, downgraded: str, unreachable: str) -> Taken:
         """No file system to freeze: every round has been sent; one more look, or a reflink."""
         quiet_ns = self._exactly_quiet_at()
         if quiet_ns:
             return self._end(self._promise, downgraded, self.state.todo, at_ns=quiet_ns)
         if self.config.raw_capture == "reflink" and len(self.disks) == 1 and not self._scanning:
-            return self._take_reflink(self.disks[0])
-        reason = "the disk is written to all the time and has no file system that could be frozen"
+            return self._take_reflink(self.disks[0], downgraded)
+        reason = unreachable or (
+            "the disk is written to all the time and has no file system that could be frozen"
+        )
         return self._end(Consistency.NONE, reason, self.state.todo)
 
-    def _take_reflink(self, disk: SourceDisk) -> Taken:
+    def _take_reflink(self, disk: SourceDisk, downgraded: str) -> Taken:
+        """A point of a busy disk. It has no audit.
+
+        A write that had begun and not ended may be in the clone, and its block not in the
+        changeset: a power cut could have left either, but their digests differ.
+        """
         last = self._absorb()
         try:
             clone = ReflinkClone.of(disk.device)
@@ -218,9 +232,9 @@ class Capture:
             wanted = _union(last, peeked)
             for content in contents(disk.index, wanted[disk.index].runs(), clone.read_blocks):
                 self.builder.add(content)
-        self._audit = AuditSample([])
+        self._audit, self._audit_chunk = AuditSample([]), self.state.position.audit_chunk
         sent = _union(self.state.todo, peeked)
-        return self._end(Consistency.CRASH, "", sent, at_ns=at_ns)
+        return self._end(self._promise, downgraded, sent, at_ns=at_ns)
 
     def _exactly_quiet_at(self) -> int:
         """An instant of which both blocks and audit sample are exact; 0 if there was none."""
@@ -252,6 +266,8 @@ class Capture:
 
     def _absorb(self) -> BlockSets:
         """Move what the trackers have marked into ``todo``, durably; return it."""
+        # Else ``finish`` would take blocks out of ``todo`` that changed after they were sent.
+        assert self.state.position.pending is None, "a pending commit is settled first"
         if self.aborted.is_set():
             raise CaptureError("the changeset was given up")
         taken = {disk.index: disk.tracker.swap() for disk in self.disks}
