@@ -16,9 +16,8 @@ SIZES = {"ext4": 64 * _MIB, "xfs": 300 * _MIB}
 RAW_BYTES = 8 * _MIB
 
 
-@pytest.mark.parametrize("second", ["ext4", "xfs"])
-def test_every_point_of_two_disks_holds_a_prefix(rig: Rig, second: str) -> None:
-    check_order(rig, second, point_count=25)
+def test_every_point_of_two_disks_holds_a_prefix(rig: Rig) -> None:
+    check_order(rig, "xfs", point_count=25)
 
 
 @pytest.mark.soak
