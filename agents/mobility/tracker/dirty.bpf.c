@@ -7,7 +7,8 @@
  *   writer hears of it, puts the block into the next epoch too. Failed requests are marked as
  *   well: they may have changed the medium.
  * - Issue, because a kernel has been seen to run a soft interrupt in which no tracepoint at all
- *   fires: about one completion in 50,000 was told to nobody. No issue was.
+ *   fires: about one completion in 50,000 was told to nobody. No issue was. For a request whose
+ *   completion stays untold and that a swap falls into, `flights` says what it may still change.
  *
  * The tracepoints block:block_rq_issue and block:block_rq_complete are used in their BTF form,
  * which hands out the request itself: the operation is read as a number instead of guessed from
@@ -31,6 +32,7 @@
 #define WORDS_MAX (1ULL << 32)
 
 #define DISKS_MAX 256   /* tracked disks of one machine */
+#define FLIGHTS_MAX 16384 /* requests of all disks that a driver works at */
 #define RANGES_MAX 4096 /* ranges of one discard; drivers allow 256 */
 
 /* enum req_op: values that no kernel since 4.10 has changed; odd ones send data or change state */
@@ -94,6 +96,26 @@ struct {
 	__type(value, __u64);
 } lost SEC(".maps");
 
+/*
+ * Requests that have been issued and not been told to have completed: address of the request -> what
+ * it may change. A swap of the bitmaps counts their blocks to both epochs, so that a completion
+ * which is told to nobody does not matter. A request's memory is used again for later ones, so an
+ * entry that nobody removed is replaced before long.
+ */
+struct flight {
+	__u32 dev;
+	__u32 reserved;
+	__u64 first_block;
+	__u64 last_block; /* within */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, FLIGHTS_MAX);
+	__type(key, __u64);
+	__type(value, struct flight);
+} flights SEC(".maps");
+
 struct span {
 	void *bitmap;
 	__u64 first_block;
@@ -104,6 +126,8 @@ struct span {
 struct walk {
 	void *bitmap;
 	struct bio *bio;
+	__u64 first_block;
+	__u64 last_block;
 	bool lost;
 };
 
@@ -154,31 +178,46 @@ static __always_inline bool mark(void *bitmap, __u64 sector, __u64 bytes)
 static long mark_range(__u32 step, struct walk *walk)
 {
 	struct bio *bio = walk->bio;
+	__u64 first_block, last_block, sector;
 
 	if (!bio)
 		return 1;
-	if (!mark(walk->bitmap, BPF_CORE_READ(bio, bi_iter.bi_sector),
-		  BPF_CORE_READ(bio, bi_iter.bi_size)))
+	sector = BPF_CORE_READ(bio, bi_iter.bi_sector);
+	first_block = sector >> SECTORS_PER_BLOCK_SHIFT;
+	last_block = (sector + (BPF_CORE_READ(bio, bi_iter.bi_size) >> 9) - 1) >>
+		     SECTORS_PER_BLOCK_SHIFT;
+	if (first_block < walk->first_block)
+		walk->first_block = first_block;
+	if (last_block > walk->last_block)
+		walk->last_block = last_block;
+	if (!mark(walk->bitmap, sector, BPF_CORE_READ(bio, bi_iter.bi_size)))
 		walk->lost = true;
 	walk->bio = BPF_CORE_READ(bio, bi_next);
 	return 0;
 }
 
-static __always_inline bool mark_discard(void *bitmap, struct request *request)
+/* Mark each range of a discard; what they span goes to `flight`. */
+static __always_inline bool mark_discard(void *bitmap, struct request *request,
+					 struct flight *flight)
 {
 	struct walk walk = {
 		.bitmap = bitmap,
 		.bio = BPF_CORE_READ(request, bio),
+		.first_block = ~0ULL,
 	};
 
 	if (bpf_loop(RANGES_MAX, mark_range, &walk, 0) < 0)
 		return false;
+	flight->first_block = walk.first_block;
+	flight->last_block = walk.last_block;
 	return !walk.lost && !walk.bio;
 }
 
-static __always_inline int mark_request(struct request *request, unsigned int bytes)
+static __always_inline int mark_request(struct request *request, unsigned int bytes, bool issued)
 {
 	__u32 operation = request->cmd_flags & OPERATION_MASK;
+	__u64 address = (__u64)request;
+	struct flight flight = {};
 	struct gendisk *disk;
 	void *bitmap;
 	__u64 *count;
@@ -196,12 +235,25 @@ static __always_inline int mark_request(struct request *request, unsigned int by
 		return 0;
 
 	if (operation == OPERATION_DISCARD)
-		whole = mark_discard(bitmap, request);
+		whole = mark_discard(bitmap, request, &flight);
 	else if (operation == OPERATION_WRITE || operation == OPERATION_WRITE_ZEROES ||
-		 operation == OPERATION_SECURE_ERASE)
+		 operation == OPERATION_SECURE_ERASE) {
+		flight.first_block = request->__sector >> SECTORS_PER_BLOCK_SHIFT;
+		flight.last_block = (request->__sector + ((__u64)bytes >> 9) - 1) >>
+				    SECTORS_PER_BLOCK_SHIFT;
 		whole = mark(bitmap, request->__sector, bytes);
-	else
+	} else {
 		whole = false;
+	}
+	if (!bytes) {
+		/* a pure flush: nothing is under way */
+	} else if (issued) {
+		flight.dev = dev;
+		if (bpf_map_update_elem(&flights, &address, &flight, BPF_ANY))
+			whole = false;
+	} else if (bytes >= request->__data_len) { /* all of it, not a first part */
+		bpf_map_delete_elem(&flights, &address);
+	}
 	if (whole)
 		return 0;
 	count = bpf_map_lookup_elem(&lost, &dev);
@@ -220,12 +272,12 @@ static __always_inline int mark_request(struct request *request, unsigned int by
 	SEC("tp_btf/block_rq_issue")                                                           \
 	int BPF_PROG(issue##number, struct request *request)                                   \
 	{                                                                                      \
-		return mark_request(request, request->__data_len);                             \
+		return mark_request(request, request->__data_len, true);                       \
 	}                                                                                      \
 	SEC("tp_btf/block_rq_complete")                                                        \
 	int BPF_PROG(complete##number, struct request *request, int error, unsigned int bytes) \
 	{                                                                                      \
-		return mark_request(request, bytes);                                           \
+		return mark_request(request, bytes, false);                                    \
 	}
 
 COPY(0)

@@ -6,6 +6,7 @@ Pins, in bpffs, so that all of it outlives the agent but not the boot::
         issue0 complete0 …   the attached copies of the program
         disks                device number -> bitmap of the running epoch
         lost                 device number -> how many changes had no bit
+        flights              requests issued and not told to have completed
         <disk index>/a b     the disk's two bitmaps
         <disk index>/fresh   a once more, until the first forget()
 
@@ -15,14 +16,11 @@ other is *closed*. A swap puts the closed bitmap into ``disks``. The kernel repl
 other in one step, and the system call then waits for an RCU grace period, that is until every
 program that had looked up the old bitmap has ended. So after it no bit can arrive in the closed
 bitmap any more: it may be read without a lock, and every later mark is in the running one. A
-request under way during the swap is in both, since its data may arrive after the closed bitmap's
-blocks were read. Bits are only ever cleared by ``forget``, in the closed bitmap, after a swap by
+request under way during the swap belongs to both epochs, since its data may arrive after the closed
+bitmap's blocks were read. The mark at its completion would do for that if every completion were
+told (see dirty.bpf.c); as it is, ``flights`` is read after each swap, and what is in it counts to
+the new epoch too. Bits are only ever cleared by ``forget``, in the closed bitmap, after a swap by
 the same process.
-
-What remains: where the kernel tells nobody of a completion (see dirty.bpf.c) *and* a swap fell
-between the request's issue and its completion *and* the block was read in that time, its new
-content is not sent. After a freeze nothing is under way, so a block that is read under the freeze
-is right in any case; the continuous audit finds the rest.
 
 **Why a crash loses nothing.** Which bitmap runs is read from ``disks``, never remembered. Both
 stay pinned, so a process that is killed leaves its bits in one or the other, and the next ``swap``
@@ -47,6 +45,7 @@ import errno
 import fcntl
 import mmap
 import os
+import struct
 import threading
 from typing import TYPE_CHECKING
 
@@ -71,7 +70,12 @@ PROGRAM = os.path.join(os.path.dirname(__file__), "dirty.bpf.o")
 PROGRAMS = ("issue0", "issue1", "issue2", "complete0", "complete1", "complete2")
 """What dirty.bpf.c attaches; the pin of each one's link has its name. The last makes it whole."""
 
-MACHINE_PINS = ("disks", "lost", *PROGRAMS)
+MAPS = ("disks", "lost", "flights")
+MACHINE_PINS = (*MAPS, *PROGRAMS)
+
+FLIGHTS_MAX = 16384
+_FLIGHT = struct.Struct("<IIQQ")
+assert _FLIGHT.size == 24
 
 MAKE_ATTEMPTS_MAX = 5
 """How often a folder is made again that another machine's agent removes at the same moment."""
@@ -89,7 +93,10 @@ class EbpfTracker:
         self._dev = device.dev
         self._block_count = device.block_count
         self._swapped = False
+        self._in_flight_path = f"/sys/block/{device.name}/inflight"
+        self._carried = BlockSet(self._block_count)
         with contextlib.ExitStack() as opened:
+            self._flights = _opened_pin(opened, f"{self._machine_folder}/flights")
             self._disks = _opened_pin(opened, f"{self._machine_folder}/disks")
             self._lost = _opened_pin(opened, f"{self._machine_folder}/lost")
             self._bitmaps = tuple(
@@ -131,6 +138,8 @@ class EbpfTracker:
             closed = self._other(running)
             unforgotten = closed.read()
             libbpf.update_inner(self._disks, self._dev, closed.fd)
+            unforgotten |= self._carried
+            self._carried = self._still_in_flight()
         self._swapped = True
         unforgotten |= running.read()
         self._check_lost()
@@ -150,12 +159,14 @@ class EbpfTracker:
         """All blocks not yet forgotten, those of the running epoch with them; clears nothing."""
         found = self._bitmaps[0].read()
         found |= self._bitmaps[1].read()
+        found |= self._carried
         self._check_lost()
         return found
 
     def peek_running(self) -> BlockSet:
-        """The blocks of the running epoch alone; clears nothing."""
+        """The blocks of the running epoch, with those in flight when it began; clears nothing."""
         found = self._running_bitmap().read()
+        found |= self._carried
         self._check_lost()
         return found
 
@@ -170,6 +181,24 @@ class EbpfTracker:
             _remove_disk(self._machine_folder, self._folder)
             if not _disk_folders(self._machine_folder):
                 _remove_machine(self._machine_folder)
+
+    def _still_in_flight(self) -> BlockSet:
+        """Blocks of requests that were under way at a swap just made: they belong to both epochs.
+
+        Some may have ended untold. If the kernel's own count says that nothing is under way now,
+        all of them have, and what they wrote is there to be read.
+        """
+        found = BlockSet(self._block_count)
+        for raw in libbpf.entries(self._flights, _FLIGHT.size, FLIGHTS_MAX):
+            dev, _, first, last = _FLIGHT.unpack(raw)
+            if dev == self._dev and first < self._block_count:
+                found.add_run(first, min(last, self._block_count - 1) - first + 1)
+        if found:
+            with open(self._in_flight_path, encoding="ascii") as file:
+                writes = int(file.read().split()[1])
+            if not writes:
+                found.clear()
+        return found
 
     def _running_bitmap(self) -> _Bitmap:
         running_id = libbpf.lookup(self._disks, self._dev, 4)
@@ -282,7 +311,7 @@ def _make_machine(machine_folder: str) -> None:
     """Load the program and pin it; the last link makes it whole."""
     _make_folder(machine_folder)
     with libbpf.loaded_object(PROGRAM) as handle:
-        for name in ("disks", "lost"):
+        for name in MAPS:
             libbpf.pin(libbpf.map_of(handle, name), f"{machine_folder}/{name}")
         for name in PROGRAMS:
             libbpf.attach_and_pin(handle, name, f"{machine_folder}/{name}")

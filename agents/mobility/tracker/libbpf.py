@@ -282,6 +282,25 @@ def keys(fd: int) -> list[int]:
         before = ctypes.c_uint32(after.value)
 
 
+def entries(fd: int, value_bytes: int, entry_count_max: int) -> list[bytes]:
+    """All values of a hash map with 64-bit keys that may change meanwhile.
+
+    An entry that is there all the time is among them: the kernel reads bucket by bucket, each under
+    its lock, and entries do not move. Source: bpf(2), BPF_MAP_LOOKUP_BATCH.
+    """
+    keys_out = ctypes.create_string_buffer(8 * entry_count_max)
+    values = ctypes.create_string_buffer(value_bytes * entry_count_max)
+    count = ctypes.c_uint32(entry_count_max)
+    position = ctypes.c_uint32()
+    done = _library().bpf_map_lookup_batch(
+        fd, None, ctypes.byref(position), keys_out, values, ctypes.byref(count), None
+    )
+    if done != -errno.ENOENT:  # that is how the end of the map is told
+        _fd("read a map's elements", done)
+    raw = values.raw[: count.value * value_bytes]
+    return [raw[at : at + value_bytes] for at in range(0, len(raw), value_bytes)]
+
+
 def mount_bpffs(path: str) -> None:
     """Mount a bpf file system at ``path``."""
     if _c().mount(b"bpf", os.fsencode(path), b"bpf", ctypes.c_ulong(0), b"mode=0700") != 0:
