@@ -1,0 +1,181 @@
+"""The steps between the agent's memory and what the process server tells."""
+
+import os
+import uuid
+from pathlib import Path
+
+import pytest
+
+from agents.mobility.bookkeeping import (
+    begin_generation,
+    finish,
+    learn_applied,
+    make_pending,
+    settle,
+    take_up_repair,
+)
+from agents.mobility.device import DeviceIdentity
+from agents.mobility.stream_state import Pending, StreamStateFile
+from replication.block_set import BlockSet
+from replication.bookmark import NOTHING, Stamp
+from replication.stream import StreamState
+from replication.watermark import NO_ATTEMPT, Repair, RepairRun, Watermark
+
+MACHINE = uuid.UUID(int=6)
+COUNT = 128
+IDENTITY = DeviceIdentity("boot", "7:1", 4, COUNT * 4096, "")
+ATTEMPT = b"p" * 16
+
+
+def told(
+    server: Stamp = NOTHING, applied: Stamp = NOTHING, repair: Repair | None = None
+) -> StreamState:
+    watermark = Watermark(MACHINE, applied=applied, repair=repair or Repair())
+    return StreamState(server, ATTEMPT, 0, 0, watermark)
+
+
+def settled(state: StreamStateFile, stream: StreamState, interrupted: str = "") -> None:
+    settle(state, stream, {0: COUNT}, {0: IDENTITY}, interrupted=interrupted)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> StreamStateFile:
+    made = StreamStateFile(str(tmp_path), MACHINE)
+    settled(made, told())
+    return made
+
+
+def changed(state: StreamStateFile, *numbers: int) -> None:
+    for number in numbers:
+        state.todo[0].add_run(number, 1)
+
+
+def sends(state: StreamStateFile, *, whole: bool = True, taken: bool = True) -> None:
+    """All that is to do, in a changeset of its own."""
+    number = state.position.committed + 1
+    sent = {0: state.todo[0].copy()}
+    stamp = Stamp(state.position.generation, number)
+    make_pending(state, Pending(stamp, ATTEMPT, whole), sent, audit_chunk=number)
+    if taken:
+        finish(state)
+
+
+def numbers(blocks: BlockSet) -> set[int]:
+    return {at for first, count in blocks.runs() for at in range(first, first + count)}
+
+
+def test_first_generation_has_everything_to_do(state: StreamStateFile) -> None:
+    assert state.position.generation == 1
+    assert not state.position.seeded
+    assert len(state.todo[0]) == COUNT
+    assert state.position.identities == {0: IDENTITY}
+
+
+def test_generation_is_above_all_that_anyone_has_seen(state: StreamStateFile) -> None:
+    begin_generation(state, told(Stamp(7, 3), Stamp(9, 1)), {0: COUNT}, {0: IDENTITY})
+    assert state.position.generation == 10
+
+
+def test_new_generation_lets_go_of_a_pending_commit_and_of_old_sets(
+    state: StreamStateFile,
+) -> None:
+    sends(state)
+    changed(state, 3)
+    sends(state, taken=False)
+    settled(state, told(Stamp(1, 1)), "the machine was started anew")
+    assert state.position.pending is None
+    assert state.position.generation == 2
+    assert len(state.todo[0]) == COUNT
+    assert os.listdir(f"{state.folder}/retained") == []
+
+
+def test_lost_changesets_are_to_do_again_and_count_from_what_is_known(
+    state: StreamStateFile,
+) -> None:
+    sends(state)
+    for block in (10, 20, 30):
+        changed(state, block)
+        sends(state)
+    changed(state, 40)
+    settled(state, told(Stamp(1, 2)))
+    assert numbers(state.todo[0]) == {20, 30, 40}
+    assert (state.position.since, state.position.committed) == (2, 4)
+    assert sorted(state.retained()) == [1, 2]
+    sends(state)
+    assert state.retained()[5] == 2
+    # That one is lost as well: it alone has all of it.
+    settled(state, told(Stamp(1, 2)))
+    assert numbers(state.todo[0]) == {20, 30, 40}
+
+
+@pytest.mark.parametrize("answer", ["lost", "taken", "applied"])
+def test_pending_commit_after_a_crash(state: StreamStateFile, answer: str) -> None:
+    sends(state)
+    changed(state, 10)
+    sends(state, taken=False)
+    state = StreamStateFile(os.path.dirname(state.folder), MACHINE)
+    if answer == "lost":
+        settled(state, told(Stamp(1, 1)))
+        assert numbers(state.todo[0]) == {10}
+        assert state.position.committed == 1
+        assert sorted(state.retained()) == [1]
+    else:
+        stream = told(Stamp(1, 2))
+        if answer == "applied":  # and then forgotten by the process server
+            watermark = Watermark(MACHINE, applied=Stamp(1, 2), attempt=ATTEMPT)
+            stream = StreamState(Stamp(1, 1), ATTEMPT, 0, 0, watermark)
+        settled(state, stream)
+        assert not state.todo[0]
+        assert state.position.committed == 2
+    assert state.position.pending is None
+
+
+def test_part_of_a_backlog_leaves_the_rest_to_do(state: StreamStateFile) -> None:
+    part = {0: state.todo[0].first(50)}
+    make_pending(state, Pending(Stamp(1, 1), ATTEMPT, whole=False), part, audit_chunk=0)
+    finish(state)
+    assert not state.position.seeded
+    assert numbers(state.todo[0]) == set(range(50, COUNT))
+    settled(state, told())  # it is lost: both parts are to do, from the beginning
+    assert len(state.todo[0]) == COUNT
+    assert state.position.since == 0
+
+
+def test_sets_go_when_their_changesets_are_applied(state: StreamStateFile) -> None:
+    for _ in range(3):
+        changed(state, 5)
+        sends(state)
+    assert learn_applied(state, Stamp(9, 9)) == 3
+    assert learn_applied(state, Stamp(1, 2)) == 1
+    assert state.position.applied == Stamp(1, 2)
+    assert learn_applied(state, Stamp(1, 1)) == 1  # an old answer
+    assert state.position.applied == Stamp(1, 2)
+    settled(state, told())  # a process server that lost all: no more than that is known applied
+    assert numbers(state.todo[0]) == {5}
+    assert state.position.since == 2
+
+
+def test_repair_is_taken_up_once_and_within_the_disk(state: StreamStateFile) -> None:
+    sends(state)
+    runs = (RepairRun(0, 5, 2), RepairRun(0, 126, 10), RepairRun(0, 500, 1), RepairRun(9, 0, 1))
+    assert take_up_repair(state, Repair(3, runs))
+    assert numbers(state.todo[0]) == {5, 6, 126, 127}
+    assert not take_up_repair(state, Repair(3, runs))
+    make_pending(
+        state, Pending(Stamp(1, 2), ATTEMPT, whole=False), {0: BlockSet(COUNT)}, audit_chunk=0
+    )
+    finish(state)
+    assert (state.position.repaired, state.position.repairing) == (0, 3)
+    sends(state)
+    assert (state.position.repaired, state.position.repairing) == (3, 3)
+
+
+def test_new_generation_counts_as_repair_of_all_that_was_asked(state: StreamStateFile) -> None:
+    settled(state, told(repair=Repair(4, (RepairRun(0, 1, 1),))), "tracking was lost")
+    assert (state.position.repaired, state.position.repairing) == (4, 4)
+
+
+def test_attempt_is_unknown_after_the_process_server_forgot_it(state: StreamStateFile) -> None:
+    sends(state)
+    settled(state, StreamState(Stamp(1, 1), NO_ATTEMPT, 0, 0, Watermark(MACHINE)))
+    assert state.position.generation == 1
