@@ -40,6 +40,8 @@ from replication.stream import (
 BACKOFF_SECONDS_MIN = 0.2
 CONNECT_SECONDS_MAX = 10.0
 PIECE_BYTES = 1 << 20
+LOOK_SECONDS = 1.0
+STOPPING = "the agent is stopping; the changeset is taken anew later"
 CORRUPTED_TRIES_MAX = 5
 """How often a body may arrive damaged before something must be wrong with this machine."""
 
@@ -153,24 +155,56 @@ class StreamClient:
             await asyncio.wait_for(self._stopping.wait(), seconds)
         except TimeoutError:
             return
-        raise CaptureError("the agent is stopping; the changeset is taken anew later")
+        raise CaptureError(STOPPING)
 
     async def _try(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> bytes:
-        assert self._session is not None
+        """One exchange, given up at once when the agent stops or nothing moves any more."""
         if self._stopping.is_set():
-            raise CaptureError("the agent is stopping; the changeset is taken anew later")
+            raise CaptureError(STOPPING)
+        sending = _Sending(body, self._pace)
+        exchange = asyncio.create_task(self._exchange(method, path, sending, headers))
+        stopped = asyncio.create_task(self._stopping.wait())
+        try:
+            while not exchange.done():
+                await asyncio.wait(
+                    {exchange, stopped}, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                if exchange.done():
+                    break
+                if stopped.done():
+                    raise CaptureError(STOPPING)
+                if sending.stalled_seconds() > self._config.request_seconds_max:
+                    raise UnavailableError(f"process server {self._origin} takes no more data")
+            return exchange.result()
+        finally:
+            exchange.cancel()
+            stopped.cancel()
+            await asyncio.gather(exchange, stopped, return_exceptions=True)
+
+    async def _exchange(
+        self, method: str, path: str, sending: "_Sending", headers: dict[str, str]
+    ) -> bytes:
+        assert self._session is not None
         try:
             async with self._session.request(
                 method,
                 self._origin + path,
-                data=self._pieces(body) if body else None,
+                data=sending.pieces() if sending.body else None,
                 headers=headers,
                 allow_redirects=False,
             ) as response:
-                answer = await response.content.read(STATE_BYTES_MAX)
+                sending.end()
+                answer = bytearray()
+                while len(answer) <= STATE_BYTES_MAX:
+                    piece = await response.content.read(STATE_BYTES_MAX)
+                    if not piece:
+                        break
+                    answer += piece
                 if response.status in (200, 201):
-                    return answer
-                raise _refused(response.status, response.headers.get("Retry-After", ""), answer)
+                    return bytes(answer)
+                raise _refused(
+                    response.status, response.headers.get("Retry-After", ""), bytes(answer)
+                )
         except aiohttp.ClientConnectorCertificateError as error:
             raise UnavailableError(
                 f"{self._origin} shows a certificate that does not fit: {error}",
@@ -180,12 +214,31 @@ class StreamClient:
             what = str(error) or type(error).__name__
             raise UnavailableError(f"process server {self._origin}: {what}") from error
 
-    async def _pieces(self, body: bytes) -> AsyncIterator[memoryview]:
-        view = memoryview(body)
+
+class _Sending:
+    """A body on its way, and since when nothing of it has moved."""
+
+    def __init__(self, body: bytes, pace: Pace) -> None:
+        self.body = body
+        self._pace = pace
+        self._waits_since: float | None = None
+
+    async def pieces(self) -> AsyncIterator[memoryview]:
+        view = memoryview(self.body)
         for offset in range(0, len(view), PIECE_BYTES):
             piece = view[offset : offset + PIECE_BYTES]
+            self._waits_since = None
             await self._pace.spend(len(piece))
+            self._waits_since = time.monotonic()
             yield piece
+        self._waits_since = None  # from here on the session's own limits count
+
+    def end(self) -> None:
+        """An answer has begun, whether the whole body was taken or not."""
+        self._waits_since = None
+
+    def stalled_seconds(self) -> float:
+        return 0.0 if self._waits_since is None else time.monotonic() - self._waits_since
 
 
 class _CorruptedError(ReplicationError):

@@ -16,6 +16,9 @@ from replication.envelope import AttemptSealer
 from replication.errors import CaptureError
 
 HANDED_OVER_MAX = 1
+DRAIN_SECONDS = 0.01
+"""How often hand-overs are let pass while a capture ends."""
+
 T = TypeVar("T")
 
 
@@ -59,11 +62,6 @@ async def upload(
         for _ in senders:
             await queue.put(None)
 
-    async def drain() -> None:
-        """Let the capture's hand-overs pass until it notices that it is to end."""
-        while True:
-            await queue.get()
-
     senders = [asyncio.create_task(send(), name=f"sender-{n}") for n in range(in_flight_max)]
     working = asyncio.ensure_future(asyncio.to_thread(work))
     try:
@@ -84,7 +82,27 @@ async def upload(
         aborted.set()
         for sender in senders:
             sender.cancel()
-        draining = asyncio.create_task(drain())
-        await asyncio.gather(working, return_exceptions=True)
-        draining.cancel()
-        await asyncio.gather(draining, *senders, return_exceptions=True)
+        await _until_ended(working, queue)
+        await asyncio.gather(*senders, return_exceptions=True)
+
+
+async def _until_ended(
+    working: "asyncio.Future[T]", queue: "asyncio.Queue[Segment | None]"
+) -> None:
+    """Let the capture's hand-overs pass until it notices that it is to end, and has ended.
+
+    Also when the task is cancelled meanwhile, however often: a thread that was left behind would
+    use the disks and the state together with what comes next, or wait for a loop that is gone.
+    """
+    cancelled = None
+    while not working.done():
+        while not queue.empty():
+            queue.get_nowait()
+        try:
+            await asyncio.wait([working], timeout=DRAIN_SECONDS)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if not working.cancelled():
+        working.exception()  # seen: what ends the upload is told, not what follows from it
+    if cancelled:
+        raise cancelled
