@@ -56,12 +56,13 @@ class Account(Section):
             raw = base64.b64decode(key, validate=True)
         except binascii.Error as error:
             raise ConfigError(
-                f"{where}: not base64: {error}", hint="make one: openssl rand -base64 64 -A"
+                f"{where}: not base64: {error}",
+                hint="make one: head -c 64 /dev/urandom | base64 -w0",
             ) from error
         if len(raw) < ACCOUNT_KEY_BYTES_MIN:
             raise ConfigError(
                 f"{where}: {len(raw)} bytes, at least {ACCOUNT_KEY_BYTES_MIN} are expected",
-                hint="make one: openssl rand -base64 64 -A",
+                hint="make one: head -c 64 /dev/urandom | base64 -w0",
             )
         return key
 

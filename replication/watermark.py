@@ -52,6 +52,7 @@ class Watermark:
     wanted:        names of blobs of changesets after ``applied`` that are missing or damaged in
                    the cache: the process server uploads them again, over what is there.
     lost:          why the stream cannot go on without a new generation; empty while it can.
+    lost_generation: the generation that cannot go on; 0 while it can.
     """
 
     machine: uuid.UUID
@@ -61,6 +62,7 @@ class Watermark:
     wanted: tuple[str, ...] = ()
     repair: Repair = Repair()
     lost: str = ""
+    lost_generation: int = 0
 
     def to_tree(self) -> dict[str, Any]:
         """As a part of a larger document."""
@@ -77,6 +79,7 @@ class Watermark:
                 for run in self.repair.runs
             ],
             "lost": self.lost,
+            "lost_generation": self.lost_generation,
         }
 
     def to_bytes(self) -> bytes:
@@ -102,6 +105,7 @@ class Watermark:
                 ),
             ),
             lost=tree.text("lost"),
+            lost_generation=tree.uint("lost_generation", (1 << 32) - 1),
         )
 
     @classmethod

@@ -73,7 +73,7 @@ def reconcile(
         if (position.pending.stamp, position.pending.attempt) in held:
             return FinishPending()
         return DropPending()
-    if stream.watermark.lost and stream.watermark.applied.generation == generation:
+    if stream.watermark.lost and stream.watermark.lost_generation == generation:
         return NewGeneration(f"the second site cannot go on: {stream.watermark.lost}")
     committed = Stamp(generation, position.committed)
     if max(stamp for stamp, _ in held) > committed:

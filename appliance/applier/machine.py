@@ -242,6 +242,7 @@ class MachineApplier:
     async def _say(self, store: MachineStore, keeping: Keeping) -> None:
         """Publish the watermark; what the cache does not take is said again later."""
         head = store.head
+        lost = self._lost(keeping)
         await self._watermark.say(
             Watermark(
                 machine=self._machine.id,
@@ -250,7 +251,8 @@ class MachineApplier:
                 restorable_ns=keeping.restorable_ns,
                 wanted=self._asking.names,
                 repair=keeping.repair,
-                lost=self._lost(keeping),
+                lost=lost,
+                lost_generation=max(self._inbox.newest, _head(store)).generation if lost else 0,
             )
         )
 

@@ -39,6 +39,13 @@ class Position:
         newest = max(applied, self.applied)
         return Position(self.committed, self.attempt, self.digest, newest)
 
+    def fallen_back(self, attempt: bytes) -> "Position":
+        """What is left when changesets after ``applied`` are lost for good: ``applied`` itself.
+
+        The agent, which keeps their block sets, sees from it that it must send them again.
+        """
+        return Position(self.applied, attempt, NO_DIGEST, self.applied)
+
 
 class Verdict(Enum):
     """What a commit that is in order is."""

@@ -21,7 +21,7 @@ from replication.bookmark import MachineId, Stamp
 from replication.errors import OutOfOrderError, PeerError
 from replication.manifest import Manifest, SegmentEntry
 from replication.stream import StreamState
-from replication.watermark import Watermark
+from replication.watermark import NO_ATTEMPT, Watermark
 
 MISSING_TOLD_MAX = 8
 _order = itertools.count()
@@ -199,6 +199,24 @@ class Stream:
                 await self._prune()
                 await self._drop(self._superseded())
 
+    async def fall_back(self) -> None:
+        """Something acknowledged is lost here and in the cache: go back to what is applied.
+
+        The agent sends all that changed since, as a new changeset; what is held of the lost ones'
+        successors could never be applied and goes.
+        """
+        async with self.lock:
+            watermark = self.watermark
+            attempt = (
+                watermark.attempt if watermark.applied == self.position.applied else NO_ATTEMPT
+            )
+            position = self.position.fallen_back(attempt)
+            ledger = Ledger(position, self.durable_ns)
+            await self._disk.run(self.spool.write_ledger, self.machine, ledger)
+            self.position = position
+            for stamp in list(self.held):
+                await self._drop_held(stamp)
+
     async def abandon(self, attempts: Iterable[OpenAttempt]) -> None:
         """Give the room of uncommitted attempts back."""
         async with self.lock:
@@ -255,11 +273,14 @@ class Stream:
     async def _prune(self) -> None:
         """Drop what is applied. The ledger on disk must say so by now."""
         for stamp in [stamp for stamp in self.held if stamp <= self.position.applied]:
-            changeset = self.held.pop(stamp)
-            await self._disk.run(self.spool.drop, changeset.id)
-            for segment in changeset.segments:
-                self._room.give_back(segment.size_bytes)
-            self._room.give_back(changeset.manifest_bytes)
+            await self._drop_held(stamp)
+
+    async def _drop_held(self, stamp: Stamp) -> None:
+        changeset = self.held.pop(stamp)
+        await self._disk.run(self.spool.drop, changeset.id)
+        for segment in changeset.segments:
+            self._room.give_back(segment.size_bytes)
+        self._room.give_back(changeset.manifest_bytes)
 
     def _superseded(self) -> list[OpenAttempt]:
         newest = self.position.committed

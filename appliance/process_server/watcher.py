@@ -8,6 +8,8 @@ again.
 
 import asyncio
 
+import structlog
+
 from appliance.process_server.cache_account import CacheAccount
 from appliance.process_server.config import CacheConfig
 from appliance.process_server.measures import Measures
@@ -15,7 +17,12 @@ from appliance.process_server.persistence import Persistence
 from appliance.process_server.stream import Changeset, Stream, held_in_order
 from appliance.process_server.uploader import Uploader, note_uploaded
 from daemon.service import Health
-from replication.cache_layout import container_name, manifest_name, segment_name
+from replication.cache_layout import (
+    container_name,
+    manifest_name,
+    manifest_number,
+    segment_name,
+)
 from replication.errors import PeerError
 from replication.watermark import Watermark
 
@@ -121,12 +128,26 @@ class Watcher:
                 continue
             if not await self._put_wanted(stream, name):
                 absent.append(name)
+                await self._give_up(stream, name, asked_before=name in served)
             served[name] = asyncio.get_running_loop().time()
         told = f"the applier asks for {absent[0]} and {len(absent) - 1} more" if absent else ""
         if absent or not wanted:
             self._health.report(
                 f"wanted {stream.machine}", warning=told and f"{told}; the spool has them not"
             )
+
+    async def _give_up(self, stream: Stream, name: str, *, asked_before: bool) -> None:
+        """A manifest that neither cache nor spool has, asked for again: its changeset is lost."""
+        number = manifest_number(name)
+        lost = number is not None and number <= stream.position.committed.number
+        if lost and asked_before and stream.position.committed > stream.position.applied:
+            structlog.get_logger().warning(
+                "acknowledged changesets are lost; the agent sends them again",
+                machine=str(stream.machine),
+                lost=str(stream.position.committed),
+                applied=str(stream.position.applied),
+            )
+            await stream.fall_back()
 
     async def _put_wanted(self, stream: Stream, name: str) -> bool:
         found = False

@@ -29,6 +29,7 @@ watermarks = st.builds(
     wanted=st.lists(words, max_size=4).map(tuple),
     repair=repairs,
     lost=words,
+    lost_generation=st.integers(0, (1 << 32) - 1),
 )
 
 

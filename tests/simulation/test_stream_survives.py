@@ -154,8 +154,17 @@ class World:
         applied = self.watermark.applied
         self.server = self.server.after_applied(applied, self.watermark.attempt)
         self.spool = {stamp: kept for stamp, kept in self.spool.items() if stamp > applied}
+        if self._gap_is_for_good():
+            self.server = self.server.fallen_back(self.watermark.attempt)
+            self.spool.clear()
         if self.server.committed < Stamp(self.agent.position.generation, self.agent.position.since):
             self.connect()
+
+    def _gap_is_for_good(self) -> bool:
+        """The applier asks for something that neither the cache nor the spool has."""
+        everywhere = {**self.cache, **self.spool}
+        found = follow(self.head, {s: c.manifest.since for s, c in everywhere.items()})
+        return not isinstance(found, Apply) and self.server.committed > self.head
 
     def lose_spool(self) -> None:
         self.spool.clear()
@@ -244,6 +253,9 @@ def _play(folder: str, seed: int, faults: list[str], steps: int = 120) -> World:
                 world.lose_spool()
             case "crash cache":
                 world.crash_cache()
+            case "lose both":
+                world.crash_cache()
+                world.lose_spool()
             case "restart":
                 world.restart_agent()
     world.come_to_rest()
@@ -264,6 +276,15 @@ def test_every_history_ends_equal_without_a_new_generation(seed: int, folder: st
     assert world.agent.position.generation == 1
     assert world.checked > 0
     assert not world.agent.retained()
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_every_history_ends_equal_when_spool_and_cache_are_lost_together(
+    seed: int, folder: str
+) -> None:
+    world = _play(folder, seed, ["lose spool", "crash cache", "lose both", "restart"])
+    assert world.target == world.source
+    assert world.checked > 0
 
 
 def test_a_pending_commit_that_was_not_taken_is_dropped(folder: str) -> None:

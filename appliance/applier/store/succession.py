@@ -41,9 +41,9 @@ def check_follows(
             return before
         expected = f"one after {before} that starts from {before.number} or earlier"
     elif stamp.generation > before.generation:
-        if stamp.number == 1 and since == 0:
+        if since == 0:
             return before
-        expected = f"{stamp.generation}.1, the first of its generation, which starts from 0"
+        expected = f"one of generation {stamp.generation} that starts from 0"
     else:
         expected = f"one after {before}: its generation is over"
     raise OutOfOrderError(

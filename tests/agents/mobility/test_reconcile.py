@@ -32,9 +32,15 @@ def stream(
     attempt: bytes = MINE,
     applied: Stamp = NOTHING,
     applied_attempt: bytes = NO_ATTEMPT,
-    lost: str = "",
+    lost: int = 0,
 ) -> StreamState:
-    watermark = Watermark(MACHINE, applied=applied, attempt=applied_attempt, lost=lost)
+    watermark = Watermark(
+        MACHINE,
+        applied=applied,
+        attempt=applied_attempt,
+        lost="the store is gone" if lost else "",
+        lost_generation=lost,
+    )
     return StreamState(server, attempt, 0, 0, watermark)
 
 
@@ -119,9 +125,11 @@ def test_changeset_of_another_agent_is_noticed(told: StreamState) -> None:
 
 
 def test_second_site_that_cannot_go_on_gets_one_new_generation() -> None:
-    lost = stream(at(5), applied=at(4), lost="the store is gone")
+    lost = stream(at(5), applied=at(4), lost=GENERATION)
     assert isinstance(decide(position(5), {5: 4}, lost), NewGeneration)
-    old = stream(at(5, generation=2), applied=at(4, generation=2), lost="the store is gone")
+    empty = stream(at(5), applied=NOTHING, lost=GENERATION)
+    assert isinstance(decide(position(5), {5: 4}, empty), NewGeneration)
+    old = stream(at(5, generation=2), applied=at(4, generation=2), lost=2)
     assert decide(position(0), {}, old) == GoOn()
 
 
