@@ -1,5 +1,6 @@
 """What the mobility agent can be told."""
 
+import os
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -110,16 +111,22 @@ class AgentConfig(DaemonConfig):
     @field_validator("process_server")
     @classmethod
     def _https_origin(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme != "https" or not parts.hostname or parts.path not in ("", "/"):
-            raise ValueError("an https URL without a path is expected, as https://appliance:9443")
-        return url.rstrip("/")
+        wrong = ValueError("an https URL without a path is expected, as https://appliance:9443")
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise wrong from error
+        bare = f"https://{parts.netloc}"
+        if url.rstrip("/") != bare or not parts.hostname or "@" in bare or port == 0:
+            raise wrong
+        return bare
 
     @model_validator(mode="after")
     def _disks_differ(self) -> "AgentConfig":
-        for what in ("index", "device"):
-            values = [getattr(disk, what) for disk in self.disks]
-            if len(set(values)) != len(values):
+        devices = {os.path.realpath(disk.device) for disk in self.disks}
+        for what, values in (("index", {disk.index for disk in self.disks}), ("device", devices)):
+            if len(values) != len(self.disks):
                 raise ValueError(f"two disks have the same {what}")
         return self
 
