@@ -42,7 +42,7 @@ def main() -> int:
     try:
         config = AgentConfig.load(options.config)
         if options.action == "thaw":
-            thaw_all(_mount_points(config))
+            _thaw(config)
             return 0
         if options.action == "forget":
             remove_machine(config.machine)
@@ -57,13 +57,20 @@ def main() -> int:
     return run_daemon("agent", config.service, lambda service: serve(config, service))
 
 
-def _mount_points(config: AgentConfig) -> list[str]:
-    found = []
+def _thaw(config: AgentConfig) -> None:
+    """Thaw what lies on the disks; one that is missing keeps no other one frozen."""
+    trouble: list[ReplicationError] = []
     for disk in config.disks:
-        device = Device.open(disk.device)
-        found += [fs.mount_point for fs in mounted_file_systems(device) if not fs.read_only]
-        device.close()
-    return found
+        try:
+            device = Device.open(disk.device)
+            try:
+                thaw_all([fs.mount_point for fs in mounted_file_systems(device)])
+            finally:
+                device.close()
+        except ReplicationError as error:
+            trouble.append(error)
+    if trouble:
+        raise trouble[0]
 
 
 def _check(config: AgentConfig) -> None:
