@@ -15,6 +15,7 @@ from agents.mobility.config import AgentConfig
 from agents.mobility.frame_builder import SegmentBuilder
 from agents.mobility.source import SourceDisk
 from agents.mobility.stream_state import StreamStateFile
+from daemon.durable import storage_error
 from replication.block_set import BLOCK_BYTES
 from replication.bookmark import Stamp
 from replication.manifest import Manifest
@@ -127,6 +128,9 @@ class AgentStatus:
         tree["pid"] = os.getpid()
         tree["written_ns"] = time.time_ns()
         pending = f"{self.path}.new"
-        with open(pending, "w", encoding="utf-8") as file:
-            json.dump(tree, file)
-        os.rename(pending, self.path)
+        try:
+            with open(pending, "w", encoding="utf-8") as file:
+                json.dump(tree, file)
+            os.rename(pending, self.path)
+        except OSError as error:
+            raise storage_error("write", self.path, error) from error
