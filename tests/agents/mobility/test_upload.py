@@ -15,7 +15,7 @@ from agents.mobility import stream_client
 from agents.mobility.config import SendConfig
 from agents.mobility.frame_builder import SEALING_COUNT_MAX, FrameContent, SegmentBuilder
 from agents.mobility.stream_client import StreamClient
-from agents.mobility.upload import HANDED_OVER_MAX, upload
+from agents.mobility.upload import upload
 from daemon.tls import TlsFiles
 from replication.bookmark import Stamp
 from replication.envelope import AttemptKey, AttemptSealer
@@ -125,7 +125,7 @@ async def test_memory_stays_bounded_while_the_process_server_is_full(rig: Rig) -
         seen = rig.added
         await asyncio.sleep(0.4)
     assert rig.builder
-    segments = IN_FLIGHT_MAX + HANDED_OVER_MAX + 1  # one waits to be handed over
+    segments = IN_FLIGHT_MAX + 2  # one is handed over, one waits to be
     assert len(rig.builder.entries) <= segments
     assert rig.added <= segments * 2 + SEALING_COUNT_MAX
     rig.server.always = None
