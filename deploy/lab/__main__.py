@@ -15,6 +15,7 @@ from deploy.lab.story import Story
 from replication.errors import ReplicationError, StorageError
 
 LOAD_SECONDS_DEFAULT = 30.0
+PIPE_WIDTH = 120
 
 
 def main() -> int:
@@ -44,8 +45,13 @@ def main() -> int:
     return 0
 
 
+def _console() -> Console:
+    """A pipe has no width: lines stay whole there."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
 def _up(stack: Stack, load_seconds: float) -> None:
-    console = Console(highlight=False)
+    console = _console()
     began = time.monotonic()
     with only_one(stack.layout):
         Story(stack, console, load_seconds=load_seconds).tell()
@@ -84,7 +90,7 @@ def _status(stack: Stack, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps({"parts": parts, "machines": machines}, indent=2) + "\n")
         return
-    console = Console(highlight=False)
+    console = _console()
     for part in parts:
         pid = part["pid"]
         console.print(f"{part['part']:18} {f'process {pid}' if pid else '[red]not running[/red]'}")
