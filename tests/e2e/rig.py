@@ -20,7 +20,7 @@ from appliance.applier.store import Point, ReaderStore, open_reader
 from appliance.cli.authority import Authority, create_data_key
 from replication.errors import ConfigError
 from tests.azure_emu.fixtures import await_closed, free_ports
-from tests.e2e.disk import Disk
+from tests.e2e.disk import Disk, run
 from tests.e2e.part import Part, merged
 from tests.e2e.recovered import assert_equals
 
@@ -43,6 +43,7 @@ class Rig:
         self.spool = folder / "spool"
         self.agent_state = folder / "agent"
         self.azurite_data = folder / "azurite"
+        self._memory = folder / "memory"
         self._scratch = 0
         self._notes: list[str] = []
         self.data_port, self.blob_port, self.queue_port, *health = free_ports(7)
@@ -52,8 +53,17 @@ class Rig:
         self.agent = Part("agent", "agents.mobility", folder, health[3])
         self.parts = (self.azure, self.process_server, self.applier, self.agent)
 
-    def add_disk(self, size_bytes: int, file_system: str = "") -> Disk:
-        disk = Disk(self.folder, len(self.disks), size_bytes, file_system)
+    def add_disk(self, size_bytes: int, file_system: str = "", *, in_memory: bool = False) -> Disk:
+        """A disk, attached and mounted.
+
+        in_memory: its image lies in memory, where an fsync costs nothing: many more writes are
+                   acknowledged in a moment than any real disk could.
+        """
+        if in_memory and not self._memory.exists():
+            self._memory.mkdir()
+            run("mount", "-t", "tmpfs", "-o", "size=2g", "tmpfs", self._memory)
+        folder = self._memory if in_memory else self.folder
+        disk = Disk(folder, len(self.disks), size_bytes, file_system)
         self.disks.append(disk)
         disk.attach()
         return disk
@@ -207,10 +217,15 @@ class Rig:
     def clean_up(self) -> None:
         with contextlib.ExitStack() as stack:
             stack.callback(remove_machine, self.machine)
+            stack.callback(self._free_memory)
             for disk in self.disks:
                 stack.callback(disk.detach)
             for part in self.parts:
                 stack.callback(part.clean_up)
+
+    def _free_memory(self) -> None:
+        if self._memory.is_mount():
+            run("umount", "-l", self._memory)
 
     def _secret(self, name: str, text: str) -> None:
         path = self.folder / name

@@ -51,7 +51,7 @@ def test_points_survive_sixty_random_kills(rig: Rig) -> None:
 
 
 def check_kills(rig: Rig, *, kills: int, seed: int) -> None:
-    disks = [rig.add_disk(64 * _MIB, "ext4") for _ in range(2)]
+    disks = [rig.add_disk(256 * _MIB, "ext4", in_memory=True) for _ in range(2)]
     rig.start()
     rig.wait_for_point()
     chance = random.Random(seed)
@@ -100,7 +100,7 @@ def _ways_to_kill(rig: Rig) -> list[Callable[[random.Random], None]]:
 
 
 def test_a_lost_spool_is_sent_again_from_block_sets(rig: Rig) -> None:
-    disks = [rig.add_disk(64 * _MIB, "ext4") for _ in range(2)]
+    disks = [rig.add_disk(256 * _MIB, "ext4", in_memory=True) for _ in range(2)]
     ballast_bytes = 32 * _MIB
     with (disks[0].mount_point / "ballast").open("wb") as file:
         file.write(os.urandom(ballast_bytes))

@@ -12,7 +12,7 @@ from tests.e2e.order import (
 from tests.e2e.rig import Rig
 
 _MIB = 1 << 20
-SIZES = {"ext4": 64 * _MIB, "xfs": 300 * _MIB}
+DISK_BYTES = 320 * _MIB
 RAW_BYTES = 8 * _MIB
 
 
@@ -27,7 +27,7 @@ def test_two_hundred_points_hold_a_prefix(rig: Rig, second: str) -> None:
 
 
 def check_order(rig: Rig, second: str, *, point_count: int) -> None:
-    disks = [rig.add_disk(SIZES[kind], kind) for kind in ("ext4", second)]
+    disks = [rig.add_disk(DISK_BYTES, kind, in_memory=True) for kind in ("ext4", second)]
     rig.start()
     rig.wait_for_point()
     before = len(rig.points())
@@ -57,7 +57,7 @@ def test_raw_disk_claims_consistency_only_for_a_prefix_for_long(rig: Rig) -> Non
 
 
 def check_raw(rig: Rig, *, point_count: int) -> None:
-    disk = rig.add_disk(RAW_BYTES)
+    disk = rig.add_disk(RAW_BYTES, in_memory=True)
     rig.start()
     rig.wait_for_point()
     seen: dict[int, bool] = {}

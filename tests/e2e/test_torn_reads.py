@@ -58,7 +58,7 @@ def test_exports_are_whole_while_the_applier_is_killed_for_long(rig: Rig) -> Non
 
 
 def check_exports(rig: Rig, *, kills: int) -> None:
-    disks = [rig.add_disk(64 * _MIB, "ext4") for _ in range(2)]
+    disks = [rig.add_disk(256 * _MIB, "ext4", in_memory=True) for _ in range(2)]
     rig.start()
     rig.wait_for_point()
     chance = random.Random(1)
