@@ -5,6 +5,7 @@ taken in the order of reading, so of two frames with the same block the one that
 wins. Sealing (zstd, AES) runs in a few threads; at most SEALING_COUNT_MAX frames wait for it.
 """
 
+import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
@@ -147,8 +148,8 @@ class SegmentBuilder:
         self._submit = submit
         self._segment_bytes = segment_bytes
         self._sealing: deque[Future[bytes]] = deque()
-        self._frames: list[bytes] = []
-        self._frames_bytes = 0
+        self._segment = io.BytesIO()
+        self._frame_count = 0
         self.entries: list[SegmentEntry] = []
         self.changed_blocks = 0
 
@@ -167,7 +168,7 @@ class SegmentBuilder:
     def finish(self) -> None:
         while self._sealing:
             self._take()
-        if self._frames:
+        if self._frame_count:
             self._cut()
 
     def _seal(self, number: int, content: FrameContent) -> bytes:
@@ -175,16 +176,15 @@ class SegmentBuilder:
         return self._sealer.seal_frame(number, content.disk, content.extents, data)
 
     def _take(self) -> None:
-        frame = self._sealing.popleft().result()
-        self._frames.append(frame)
-        self._frames_bytes += len(frame)
-        if self._frames_bytes >= self._segment_bytes:
+        self._segment.write(self._sealing.popleft().result())
+        self._frame_count += 1
+        if self._segment.tell() >= self._segment_bytes:
             self._cut()
 
     def _cut(self) -> None:
-        data = b"".join(self._frames)
-        entry = SegmentEntry(len(self._frames), len(data), xxhash.xxh3_128_digest(data))
+        data = self._segment.getvalue()  # its own buffer, not a copy
+        entry = SegmentEntry(self._frame_count, len(data), xxhash.xxh3_128_digest(data))
         segment = Segment(len(self.entries), entry, data)
-        self._frames, self._frames_bytes = [], 0
+        self._segment, self._frame_count = io.BytesIO(), 0
         self.entries.append(entry)
         self._submit(segment)

@@ -1,7 +1,8 @@
 """One changeset on its way: a capture in a worker thread feeds a few requests in flight.
 
-The hand-over holds one segment, so a capture waits when the network does and memory stays
-constant. Whichever side fails first ends the other.
+A segment is handed over when a sender is free for it, so a capture waits when the network does and
+memory stays constant: as many segments as are in flight, and the one being built. Whichever side
+fails first ends the other.
 """
 
 import asyncio
@@ -15,7 +16,6 @@ from agents.mobility.stream_client import StreamClient
 from replication.envelope import AttemptSealer
 from replication.errors import CaptureError
 
-HANDED_OVER_MAX = 1
 DRAIN_SECONDS = 0.01
 """How often hand-overs are let pass while a capture ends."""
 
@@ -37,13 +37,18 @@ async def upload(
     aborted: set when the capture must end early: it raises CaptureError then.
     """
     loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[Segment | None] = asyncio.Queue(HANDED_OVER_MAX)
+    free = asyncio.Semaphore(in_flight_max)
+    queue: asyncio.Queue[Segment | None] = asyncio.Queue()
+
+    async def hand_over(segment: Segment) -> None:
+        await free.acquire()
+        queue.put_nowait(segment)
 
     def submit(segment: Segment) -> None:
         if aborted.is_set():
             raise CaptureError("the changeset was given up")
         try:
-            asyncio.run_coroutine_threadsafe(queue.put(segment), loop).result()
+            asyncio.run_coroutine_threadsafe(hand_over(segment), loop).result()
         except CancelledError as error:
             raise CaptureError("the changeset was given up") from error
 
@@ -56,11 +61,11 @@ async def upload(
 
     async def send() -> None:
         while (segment := await queue.get()) is not None:
-            await client.put_segment(sealer.stamp, sealer.attempt, segment)
-
-    async def close() -> None:
-        for _ in senders:
-            await queue.put(None)
+            try:
+                await client.put_segment(sealer.stamp, sealer.attempt, segment)
+            finally:
+                del segment  # not kept while waiting for the next
+                free.release()
 
     senders = [asyncio.create_task(send(), name=f"sender-{n}") for n in range(in_flight_max)]
     working = asyncio.ensure_future(asyncio.to_thread(work))
@@ -68,11 +73,9 @@ async def upload(
         await asyncio.wait([working, *senders], return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             result = working.result()
-            closing = asyncio.create_task(close())
-            try:
-                await asyncio.gather(*senders)
-            finally:
-                closing.cancel()
+            for _ in senders:
+                queue.put_nowait(None)
+            await asyncio.gather(*senders)
             return result, builder
         for sender in senders:
             if sender.done():
@@ -82,13 +85,11 @@ async def upload(
         aborted.set()
         for sender in senders:
             sender.cancel()
-        await _until_ended(working, queue)
+        await _until_ended(working, free)
         await asyncio.gather(*senders, return_exceptions=True)
 
 
-async def _until_ended(
-    working: "asyncio.Future[T]", queue: "asyncio.Queue[Segment | None]"
-) -> None:
+async def _until_ended(working: "asyncio.Future[T]", free: asyncio.Semaphore) -> None:
     """Let the capture's hand-overs pass until it notices that it is to end, and has ended.
 
     Also when the task is cancelled meanwhile, however often: a thread that was left behind would
@@ -96,8 +97,7 @@ async def _until_ended(
     """
     cancelled = None
     while not working.done():
-        while not queue.empty():
-            queue.get_nowait()
+        free.release()
         try:
             await asyncio.wait([working], timeout=DRAIN_SECONDS)
         except asyncio.CancelledError as error:
