@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 from tests.agents.mobility.capture_rig import (
     DURING_READS,
+    MIB,
     RAW_BYTES,
     SIZES,
     Machine,
@@ -201,4 +202,27 @@ def test_read_only_file_system_needs_no_freeze(
     assert source.disks[0].file_systems() == []
     taken = source.capture()
     assert (taken.consistency, taken.pause_ns) == (Consistency.CRASH, 0)
+    assert source.equals_source()
+
+
+def test_file_system_over_two_disks_is_frozen_once_for_both(
+    source: Machine, loop_disk: MakeLoopDisk, tmp_path: Path
+) -> None:
+    disks = [loop_disk(160 * MIB), loop_disk(160 * MIB)]
+    paths = [disk.path for disk in disks]
+    point = tmp_path / "mnt"
+    point.mkdir()
+    subprocess.run(["mkfs.btrfs", "-q", "-f", "-d", "raid1", "-m", "raid1", *paths], check=True)
+    subprocess.run(["mount", paths[0], str(point)], check=True)
+    source.opened.callback(subprocess.run, ["umount", "-l", str(point)], check=False)
+    source.protect(*disks)
+    found = [[fs.mount_point for fs in disk.file_systems()] for disk in source.disks]
+    assert found == [[str(point)]] * 2
+    source.seed()
+    taken = source.capture(on_add=unrest(point))
+    assert (taken.consistency, taken.reason) == (Consistency.CRASH, "")
+    assert taken.pause_ns > 0
+    assert source.received.blocks(0)
+    assert source.received.blocks(1)
+    source.capture()
     assert source.equals_source()
