@@ -17,7 +17,7 @@ from azure.core.exceptions import (
 from azure.storage.blob import BlobType, StorageErrorCode
 from azure.storage.blob.aio import BlobLeaseClient, BlobServiceClient
 from azure.storage.blob.aio import ExponentialRetry as BlobRetry
-from azure.storage.queue.aio import QueueServiceClient
+from azure.storage.queue.aio import QueueClient
 
 from appliance.applier.cache_account import (
     API_VERSION_DEFAULT,
@@ -58,13 +58,14 @@ class AzureAccount:
                 max_single_get_size=SEGMENT_BYTES_MAX + 1,
             )
             # The queue service has versions of its own; the client's retries are all of ours.
-            self._queue = QueueServiceClient.from_connection_string(
+            self._queue = QueueClient.from_connection_string(
                 connection_string,
+                WAKE_QUEUE,
                 api_version=api_version,
                 retry_total=RETRY_COUNT_MAX,
                 connection_timeout=CONNECT_SECONDS_MAX,
                 read_timeout=READ_SECONDS_MAX,
-            ).get_queue_client(WAKE_QUEUE)
+            )
         except ValueError as error:
             raise ConfigError(
                 f"cache.connection_string is not one: {error}",
