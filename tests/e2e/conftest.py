@@ -27,5 +27,7 @@ def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
         yield made
         if request.node.stash.get(_FAILED, False):
             print(made.report())  # noqa: T201 - pytest shows it with the failure
+        else:
+            made.assert_stops_cleanly()
     finally:
         made.clean_up()

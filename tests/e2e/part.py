@@ -125,12 +125,19 @@ class Part:
         assert self._process is not None
         return self._process.wait(seconds_max)
 
+    def terminate(self) -> None:
+        """SIGTERM, and no waiting."""
+        assert self._process is not None, f"{self.name} is not running"
+        self.is_wanted = False
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
     def stop(self) -> int:
-        """SIGTERM; the exit code."""
+        """SIGTERM if it has not ended; the exit code."""
         process = self._process
         assert process is not None, f"{self.name} is not running"
-        self.is_wanted = False
-        process.send_signal(signal.SIGTERM)
+        if self.is_wanted:
+            self.terminate()
         try:
             return process.wait(STOP_SECONDS_MAX)
         except subprocess.TimeoutExpired:

@@ -26,6 +26,7 @@ from tests.e2e.recovered import assert_equals
 
 ACCOUNT = "understudytest"
 TICK_SECONDS = 0.1
+LOG_CHARS_MAX = 64 << 20
 
 
 class Rig:
@@ -192,6 +193,18 @@ class Rig:
         assert {stamp.generation for stamp in stamps} == {1}
         numbers = [stamp.number for stamp in stamps]
         assert numbers == sorted(set(numbers))
+
+    def assert_stops_cleanly(self) -> None:
+        """All that runs ends on SIGTERM with code 0, and no log tells of a defect."""
+        running = [part for part in self.parts if part.is_alive]
+        for part in running:
+            part.terminate()
+        codes = {part.name: part.stop() for part in running}
+        assert set(codes.values()) <= {0}, f"exit codes {codes}\n{self.report()}"
+        for part in self.parts:
+            said = part.tail(LOG_CHARS_MAX)
+            for sign in ("Traceback", "ERROR:asyncio", "Warning:"):
+                assert sign not in said, f"{part.name}: {said[said.index(sign) :][:2000]}"
 
     def scratch(self) -> Path:
         """A new folder."""
