@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fcntl
 import os
 import sys
 from collections.abc import Iterator
@@ -20,8 +21,9 @@ from agents.mobility.stream_state import StreamStateFile
 from agents.mobility.tracker import Tracker, reason_untrackable
 from agents.mobility.tracker.ebpf import EbpfTracker, remove_machine
 from agents.mobility.tracker.scan import ScanTracker
+from daemon.durable import make_folder
 from daemon.service import Service, fail, run_daemon
-from replication.errors import ReplicationError, TrackingError
+from replication.errors import ConfigError, ReplicationError, TrackingError
 
 
 def main() -> int:
@@ -39,6 +41,8 @@ def main() -> int:
         "were left frozen; forget: stop tracking this machine's disks",
     )
     options = parser.parse_args()
+    # The interpreter may lie on a disk that is frozen: reading from it goes on, writing would wait.
+    sys.dont_write_bytecode = True
     try:
         config = AgentConfig.load(options.config)
         if options.action == "thaw":
@@ -92,11 +96,12 @@ def _refuse_untrackable(config: AgentConfig, device: Device) -> None:
 
 async def serve(config: AgentConfig, service: Service) -> None:
     """Run the agent until ``service.stop`` is set."""
-    state = StreamStateFile(config.state_folder, config.machine)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_alone(config))
+        state = StreamStateFile(config.state_folder, config.machine)
         disks = [stack.enter_context(_open_disk(config, disk, state)) for disk in config.disks]
         mounts = [fs for disk in disks for fs in disk.file_systems()]
-        own = [config.state_folder, sys.executable, os.getcwd()]
+        own = [config.state_folder]
         own += [disk.device.loop_image for disk in disks if disk.device.loop_image]
         refuse_own(mounts, own)
         left = thaw_all([fs.mount_point for fs in mounts])
@@ -127,6 +132,27 @@ async def serve(config: AgentConfig, service: Service) -> None:
             )
             service.ready(f"{len(disks)} disks tracked by {config.tracker}")
             await replicator.run()
+
+
+@contextlib.contextmanager
+def _alone(config: AgentConfig) -> Iterator[None]:
+    """Two agents that share a state and a tracker would lose each other's changes."""
+    folder = os.path.join(config.state_folder, str(config.machine))
+    make_folder(folder)
+    path = os.path.join(folder, "agent.lock")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError(
+            f"another agent of machine {config.machine} runs: {path} is locked",
+            hint="stop it, or give this one a machine id and a state folder of its own",
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -332,6 +332,14 @@ class Capture:
         whole: bool = True,
     ) -> Taken:
         restorable = consistency.restorable
+        if not restorable:
+            # Writes under way at the last swap may not have been there to be read: the tracker of
+            # this process remembers them, and ``todo`` must, should another process come.
+            sent = {
+                disk.index: sent[disk.index] - disk.tracker.peek_running()
+                for disk in self.disks
+                if disk.index in sent
+            }
         return Taken(
             time_ns=max(at_ns or self.clock_ns(), self._started_ns),
             captured_ns=self._started_ns,

@@ -21,7 +21,7 @@ from replication.extent import COUNT_MAX, Extent
 from replication.frame import EXTENT_COUNT_MAX, PLAIN_BYTES_MAX
 from replication.manifest import SegmentEntry
 
-SEALING_COUNT_MAX = 6
+SEALING_COUNT_MAX = 4
 FRAME_BLOCKS = PLAIN_BYTES_MAX // BLOCK_BYTES
 
 ReadBlocks = Callable[[int, int], bytes | bytearray | memoryview]
