@@ -18,7 +18,7 @@ import xxhash
 from replication.block_set import BLOCK_BYTES
 from replication.envelope import AttemptSealer
 from replication.extent import COUNT_MAX, Extent
-from replication.frame import EXTENT_COUNT_MAX, PLAIN_BYTES_MAX
+from replication.frame import EXTENT_COUNT_MAX, FRAME_BYTES_MAX, PLAIN_BYTES_MAX
 from replication.manifest import SegmentEntry
 
 SEALING_COUNT_MAX = 4
@@ -148,7 +148,7 @@ class SegmentBuilder:
         self._submit = submit
         self._segment_bytes = segment_bytes
         self._sealing: deque[Future[bytes]] = deque()
-        self._segment = io.BytesIO()
+        self._segment = self._empty_segment()
         self._frame_count = 0
         self.entries: list[SegmentEntry] = []
         self.changed_blocks = 0
@@ -182,9 +182,14 @@ class SegmentBuilder:
             self._cut()
 
     def _cut(self) -> None:
+        self._segment.truncate()
         data = self._segment.getvalue()  # its own buffer, not a copy
         entry = SegmentEntry(self._frame_count, len(data), xxhash.xxh3_128_digest(data))
         segment = Segment(len(self.entries), entry, data)
-        self._segment, self._frame_count = io.BytesIO(), 0
+        self._segment, self._frame_count = self._empty_segment(), 0
         self.entries.append(entry)
         self._submit(segment)
+
+    def _empty_segment(self) -> io.BytesIO:
+        """Room for a whole one at once: growing would move it, and hold it twice meanwhile."""
+        return io.BytesIO(bytes(self._segment_bytes + FRAME_BYTES_MAX))
