@@ -42,6 +42,11 @@ class BaseRecord:
     def position(self) -> int:
         return self.point.position if self.point else 0
 
+    @property
+    def reach(self) -> int:
+        """The newest position whose blocks the base may hold: no older one can be viewed."""
+        return self.position if self.folding_to is None else self.folding_to
+
     def write(self, folder: str) -> None:
         """Durably: after a crash the old record is there or this one."""
         tree = {

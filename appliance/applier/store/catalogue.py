@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 BUSY_SECONDS_MAX = 30
+REBUILD_HINT = "move it away, with its -wal and -shm: the applier makes a new one from the layers"
 _SCHEMA = """
 CREATE TABLE machine (
     only INTEGER PRIMARY KEY CHECK (only = 1),
@@ -109,7 +110,7 @@ class Catalogue:
         if version != SCHEMA_VERSION:
             raise IntegrityError(
                 f"the catalogue {self.path} has version {version}, not {SCHEMA_VERSION}",
-                hint="rebuild it from the layers",
+                hint=REBUILD_HINT,
             )
 
     def chain(self) -> Chain:
@@ -295,9 +296,7 @@ def _told(path: str, error: sqlite3.Error) -> Exception:
     if code is not None and code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return UnavailableError(f"the catalogue {path} is busy: {error}", hint="try again")
     if code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return IntegrityError(
-            f"the catalogue {path} is damaged: {error}", hint="rebuild it from the layers"
-        )
+        return IntegrityError(f"the catalogue {path} is damaged: {error}", hint=REBUILD_HINT)
     hint = "the disk is full" if code == sqlite3.SQLITE_FULL else None
     return StorageError(f"cannot use the catalogue {path}: {error}", hint=hint)
 

@@ -177,7 +177,13 @@ class MachineStore:
         when no layers begin and end there, IntegrityError when one is unusable.
         """
         with self._maintaining:
-            rows = [r for r in self.chain().layers if first <= r.first and r.last <= last]
+            chain = self.chain()
+            if chain.folding_to is not None and first <= chain.folding_to:
+                raise IntegrityError(
+                    f"a fold of machine {self.machine} to {chain.folding_to} is not finished",
+                    hint="see why in the log; opening the store again takes it up",
+                )
+            rows = [r for r in chain.layers if first <= r.first and r.last <= last]
             if not rows or rows[0].first != first or rows[-1].last != last:
                 raise ConfigError(f"no layers of machine {self.machine} span {first} to {last}")
             if len(rows) == 1:

@@ -15,7 +15,8 @@ import uuid
 from typing import TYPE_CHECKING
 
 from appliance.applier.store.base_image import BaseImage
-from appliance.applier.store.catalogue import Catalogue, Chain
+from appliance.applier.store.base_record import BaseRecord
+from appliance.applier.store.catalogue import REBUILD_HINT, Catalogue, Chain
 from appliance.applier.store.layer_reader import Layer
 from appliance.applier.store.pins import Pin
 from appliance.applier.store.view import View
@@ -134,6 +135,14 @@ class ReaderStore:
             raise ConfigError(
                 f"machine {self.machine} has no disk {disk} at position {point.position}",
                 hint=f"it has {', '.join(str(shape.index) for shape in point.disks)}",
+            )
+        record = BaseRecord.read(self.folder)
+        if record is not None and record.reach > point.position:
+            # The pin keeps a writer from this: the catalogue is not the one that goes with it.
+            raise IntegrityError(
+                f"position {point.position} of machine {self.machine} is no more: its base has "
+                f"moved on to {record.reach}, of which the catalogue does not know",
+                hint=f"the catalogue is an older one: {REBUILD_HINT}",
             )
         opened: list[Layer] = []
         base = BaseImage.open(os.path.join(self.folder, "disks", str(disk)))

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from appliance.applier.store.base_record import BaseRecord
-from appliance.applier.store.catalogue import Catalogue, Chain
+from appliance.applier.store.catalogue import REBUILD_HINT, Catalogue, Chain
 from appliance.applier.store.fold import fold_layer
 from appliance.applier.store.layer_reader import Layer
 from appliance.applier.store.model import Damage, LayerRow, Point
@@ -42,6 +42,11 @@ def open_catalogue(folder: str, machine: uuid.UUID, name: str, *, rebuild: bool)
             pass
     record = BaseRecord.read(folder)
     if record is None:
+        if _layer_names(folder):
+            raise IntegrityError(
+                f"{folder} holds layers, and neither catalogue nor base.json to tell what they are",
+                hint="put base.json back, or move the folder away and replicate the machine anew",
+            )
         record = BaseRecord(machine, name, point=None, folding_to=None)
         record.write(folder)
     if record.machine != machine:
@@ -56,7 +61,10 @@ def open_catalogue(folder: str, machine: uuid.UUID, name: str, *, rebuild: bool)
             if record.folding_to is not None:
                 made.intend_fold(record.folding_to)
             _adopt(folder, made)
-        for suffix in ("-wal", "-shm"):  # of a catalogue that is no more
+        # The old one goes before its log: without it, it would say less than it had committed.
+        _unlink(path)
+        sync_folder(folder)
+        for suffix in ("-wal", "-shm"):
             _unlink(path + suffix)
         os.rename(pending, path)
         sync_folder(folder)
@@ -66,16 +74,27 @@ def open_catalogue(folder: str, machine: uuid.UUID, name: str, *, rebuild: bool)
 
 
 def recover(folder: str, catalogue: Catalogue) -> None:
-    """Bring files and catalogue to agree; idempotent."""
+    """Bring files and catalogue to agree; idempotent.
+
+    Raises IntegrityError when the catalogue is older than the base.
+    """
     _empty(os.path.join(folder, "incoming"))
     chain = catalogue.chain()
+    record = BaseRecord.read(folder)
+    if record is not None and record.reach not in (chain.base_position, chain.folding_to):
+        raise IntegrityError(
+            f"{catalogue.path} says that the base is at position {chain.base_position}, "
+            f"base.json that it is at {record.reach}",
+            hint=REBUILD_HINT,
+        )
     if chain.folding_to is not None:
         _recover_fold(folder, catalogue, chain, chain.folding_to)
     _adopt(folder, catalogue)
     named = {row.file for row in catalogue.chain().layers}
-    for name in os.listdir(os.path.join(folder, "layers")):
-        if f"layers/{name}" not in named:
-            _unlink(os.path.join(folder, "layers", name))
+    there = {f"layers/{name}" for name in os.listdir(os.path.join(folder, "layers"))}
+    if named <= there:  # else what nobody names may be what a lost transaction made of them
+        for file in there - named:
+            _unlink(os.path.join(folder, file))
 
 
 def _recover_fold(folder: str, catalogue: Catalogue, chain: Chain, position: int) -> None:

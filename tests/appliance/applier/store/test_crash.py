@@ -13,7 +13,9 @@ import pytest
 from appliance.applier.retention import RetentionPolicy
 from appliance.applier.store import MachineStore
 from appliance.applier.store.catalogue import Catalogue
+from appliance.applier.store.reader_store import machine_folder, open_reader
 from replication.bookmark import Consistency
+from replication.errors import IntegrityError
 from tests.appliance.applier.store.recorded_machine import (
     MACHINE,
     SECOND_NS,
@@ -149,3 +151,101 @@ def kill_before(nth: int) -> None:
         return run(self, statement, *values)
 
     Catalogue._run = counted_run  # type: ignore[method-assign]
+
+
+def leave_in_log(machine: RecordedMachine, act: Callable[[MachineStore], object]) -> None:
+    """Act in a process that dies with its last transactions in the catalogue's log alone."""
+    child = os.fork()
+    if child == 0:
+        act(machine.open())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert Path(machine_folder(machine.root, MACHINE), "catalogue.sqlite-wal").stat().st_size
+
+
+def test_a_rebuild_that_is_killed_forgets_no_merge_and_no_fold(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    machine = RecordedMachine(str(kept), sizes=(24, 9))
+    with machine.open() as store:
+        for _ in range(6):
+            machine.apply(store)
+    leave_in_log(machine, lambda store: [store.merge(3, 5), store.fold_to(2)])
+    for nth in range(KILLS_MAX):
+        machine.root = str(tmp_path / f"killed-{nth}")
+        shutil.copytree(kept, machine.root)
+        child = os.fork()
+        if child == 0:
+            kill_before(nth)
+            MachineStore.rebuild(machine.root, MACHINE).close()
+            os._exit(0)
+        finished = os.waitpid(child, 0)[1] == 0
+        with machine.open() as store:
+            assert [point.position for point in store.points()] == [2, 5, 6]
+            assert_equals_images(store, machine)
+        shutil.rmtree(machine.root)
+        if finished:
+            break
+    else:
+        pytest.fail(f"not finished after {KILLS_MAX} kills")
+    assert nth > 10
+
+
+def with_older_catalogue(
+    machine: RecordedMachine, act: Callable[[MachineStore], object]
+) -> dict[str, bytes]:
+    """Act, then put the catalogue back as it was before; return the layers by name."""
+    path = Path(machine_folder(machine.root, MACHINE), "catalogue.sqlite")
+    older = path.read_bytes()
+    with machine.open() as store:
+        act(store)
+    path.write_bytes(older)
+    return {layer.name: layer.read_bytes() for layer in path.parent.joinpath("layers").iterdir()}
+
+
+def rebuilt_equals(machine: RecordedMachine, positions: list[int]) -> None:
+    with MachineStore.rebuild(machine.root, MACHINE) as store:
+        assert [point.position for point in store.points()] == positions
+        assert_equals_images(store, machine)
+
+
+def test_layers_that_an_older_catalogue_does_not_know_stay(tmp_path: Path) -> None:
+    machine = RecordedMachine(str(tmp_path), sizes=(24, 9))
+    with machine.open() as store:
+        for _ in range(5):
+            machine.apply(store)
+    layers = with_older_catalogue(machine, lambda store: store.merge(2, 4))
+    with machine.open() as store, pytest.raises(IntegrityError, match=r"lacks .*-0{11}2\.layer"):
+        store.open_view(5, 0)
+    there = Path(machine_folder(machine.root, MACHINE), "layers").iterdir()
+    assert {layer.name: layer.read_bytes() for layer in there} == layers
+    rebuilt_equals(machine, [1, 4, 5])
+
+
+def test_an_older_catalogue_never_shows_the_base_as_an_older_position(tmp_path: Path) -> None:
+    machine = RecordedMachine(str(tmp_path), sizes=(24, 9))
+    with machine.open() as store:
+        for _ in range(5):
+            machine.apply(store)
+        store.fold_to(1)
+    with_older_catalogue(machine, lambda store: store.fold_to(3))
+    with pytest.raises(IntegrityError, match="moved on to 3"):
+        open_reader(machine.root, MACHINE).open_view(1, 0)
+    with pytest.raises(IntegrityError, match=r"at position 1, base\.json that it is at 3"):
+        machine.open()
+    rebuilt_equals(machine, [3, 4, 5])
+
+
+def test_layers_of_which_nothing_tells_what_they_are_stay(tmp_path: Path) -> None:
+    machine = RecordedMachine(str(tmp_path), sizes=(24, 9))
+    with machine.open() as store:
+        for _ in range(3):
+            machine.apply(store)
+        store.fold_to(1)
+    folder = Path(machine_folder(machine.root, MACHINE))
+    (folder / "catalogue.sqlite").unlink()
+    record = (folder / "base.json").read_bytes()
+    (folder / "base.json").unlink()
+    with pytest.raises(IntegrityError, match="neither catalogue nor"):
+        machine.open()
+    (folder / "base.json").write_bytes(record)
+    rebuilt_equals(machine, [1, 2, 3])
