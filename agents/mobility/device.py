@@ -9,6 +9,7 @@ itself works past the page cache, is read with O_DIRECT.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -191,7 +192,8 @@ class Device:
         """Yield runs ``(first block, count)`` that may hold data; all else reads as zeros.
 
         For a loop device the holes of its image are left out, otherwise it is the whole disk. What
-        is written while this runs may or may not be seen: track first, then ask.
+        is written while this runs may or may not be seen: track first, then ask. Raises
+        StorageError where it cannot be told, or the image has become shorter.
         """
         if self._image_fd < 0:
             yield 0, self.block_count
@@ -202,8 +204,13 @@ class Device:
             try:
                 data = os.lseek(self._image_fd, position, os.SEEK_DATA)
                 hole = os.lseek(self._image_fd, data, os.SEEK_HOLE)
-            except OSError:
-                # ENXIO: no data from here on. A file that has shrunk says the same; reading tells.
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # what cannot be looked at is no hole
+                    raise storage_error("look for data in", self.path, error) from error
+                # No data from here on, which a file that was cut off says of what it has lost too.
+                size_bytes = os.fstat(self._image_fd).st_size
+                if size_bytes < end:
+                    raise self._shrunk(size_bytes - self.loop_offset) from error
                 return
             if data >= end:
                 return

@@ -131,6 +131,31 @@ def test_another_file_under_the_images_name_is_not_read(
     assert open_device(disk.path).read(0, MIB) == data
 
 
+def test_what_cannot_be_looked_at_is_no_hole(
+    loop_disk: MakeLoopDisk, open_device: OpenDevice
+) -> None:
+    disk = loop_disk(MIB)
+    disk.write([3])
+    device = open_device(disk.path)
+    reader, writer = os.pipe()  # refuses to seek, as a file system in trouble does
+    os.dup2(reader, device._image_fd)
+    os.close(reader)
+    os.close(writer)
+    with pytest.raises(StorageError, match="look for data"):
+        list(device.allocated_runs())
+
+
+def test_what_an_image_has_lost_at_its_end_is_no_hole(
+    loop_disk: MakeLoopDisk, open_device: OpenDevice
+) -> None:
+    disk = loop_disk(2 * MIB)
+    disk.write([3, 300])
+    device = open_device(disk.path)
+    os.truncate(disk.image, MIB)
+    with pytest.raises(StorageError, match="it shrank"):
+        list(device.allocated_runs())
+
+
 def test_holes_of_the_image_are_not_allocated(
     loop_disk: MakeLoopDisk, open_device: OpenDevice
 ) -> None:
