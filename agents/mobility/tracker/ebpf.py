@@ -94,6 +94,7 @@ class EbpfTracker:
         self._block_count = device.block_count
         self._swapped = False
         self._in_flight_path = f"/sys/block/{device.name}/inflight"
+        self._counts_path = f"/sys/block/{device.name}/queue/iostats"
         self._carried = BlockSet(self._block_count)
         with contextlib.ExitStack() as opened:
             self._flights = _opened_pin(opened, f"{self._machine_folder}/flights")
@@ -193,12 +194,17 @@ class EbpfTracker:
             dev, _, first, last = _FLIGHT.unpack(raw)
             if dev == self._dev and first < self._block_count:
                 found.add_run(first, min(last, self._block_count - 1) - first + 1)
-        if found:
-            with open(self._in_flight_path, encoding="ascii") as file:
-                writes = int(file.read().split()[1])
-            if not writes:
-                found.clear()
+        if found and self._nothing_is_under_way():
+            found.clear()
         return found
+
+    def _nothing_is_under_way(self) -> bool:
+        """Whether the kernel says so; where it does not count, something may always be."""
+        with open(self._counts_path, encoding="ascii") as file:
+            counts = int(file.read())
+        with open(self._in_flight_path, encoding="ascii") as file:
+            writes = int(file.read().split()[1])
+        return bool(counts) and not writes
 
     def _running_bitmap(self) -> _Bitmap:
         running_id = libbpf.lookup(self._disks, self._dev, 4)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +21,6 @@ from tests.agents.mobility.conftest import LoopDisk
 if TYPE_CHECKING:
     import uuid
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.agents.mobility.conftest import MakeLoopDisk
 
@@ -90,6 +90,36 @@ def test_a_write_that_a_swap_falls_into_is_in_both_epochs(
     finally:
         store.go_on()
         writer.join(10)
+        tracker.close()
+        device.close()
+        disk.detach()
+
+
+def test_a_write_under_way_stays_known_where_the_kernel_does_not_count(
+    store: StalledStore, machine: uuid.UUID
+) -> None:
+    disk = LoopDisk(store.folder / "disk.img", 16 * MIB)
+    device = Device.open(disk.path)
+    tracker = EbpfTracker.attach(machine, 0, device)
+    Path(f"/sys/block/{device.name}/queue/iostats").write_text("0")
+    mine = BlockSet(device.block_count)
+    mine.add_run(77, 1)
+    store.stall()
+    writer = threading.Thread(target=disk.write, args=([77],))
+    writer.start()
+    try:
+        deadline = time.monotonic() + 10
+        while not tracker.peek_running():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert Path(f"/sys/block/{device.name}/inflight").read_text().split()[1] == "0"
+        assert tracker.swap() == mine
+        tracker.forget()
+        assert tracker.peek_running() == mine
+    finally:
+        store.go_on()
+        writer.join(10)
+        Path(f"/sys/block/{device.name}/queue/iostats").write_text("1")
         tracker.close()
         device.close()
         disk.detach()
