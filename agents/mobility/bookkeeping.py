@@ -111,12 +111,15 @@ def learn_applied(state: StreamStateFile, applied: Stamp) -> int:
     """Let go of block sets whose changesets are applied; returns how many are still kept.
 
     That they are applied is durable before they go: whatever else is lost, nobody asks for them.
+    The set of a pending commit stays: ``finish`` needs it, also when the changeset has come all
+    the way before the agent knows that it was acknowledged.
     """
     position = state.position
     retained = state.retained()
     if applied.generation != position.generation:
         return len(retained)
-    done = [number for number in retained if number <= applied.number]
+    pending = position.pending.stamp.number if position.pending else 0
+    done = [number for number in retained if number <= applied.number and number != pending]
     if applied > position.applied:
         state.save(applied=applied)
     if done:

@@ -155,6 +155,20 @@ def test_sets_go_when_their_changesets_are_applied(state: StreamStateFile) -> No
     assert state.position.since == 2
 
 
+def test_a_pending_changeset_that_is_applied_already_keeps_its_blocks(
+    state: StreamStateFile,
+) -> None:
+    changed(state, 5)
+    sent = {0: state.todo[0].copy()}
+    make_pending(state, Pending(Stamp(1, 1), ATTEMPT, whole=True), sent, audit_chunk=0)
+    applied = told(Stamp(1, 1), Stamp(1, 1))  # killed before the answer, and everybody else quick
+    assert learn_applied(state, applied.watermark.applied) == 1
+    settled(state, applied)
+    assert state.position.pending is None
+    assert not state.todo[0]
+    assert learn_applied(state, applied.watermark.applied) == 0
+
+
 def test_repair_is_taken_up_once_and_within_the_disk(state: StreamStateFile) -> None:
     sends(state)
     runs = (RepairRun(0, 5, 2), RepairRun(0, 126, 10), RepairRun(0, 500, 1), RepairRun(9, 0, 1))
