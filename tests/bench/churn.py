@@ -132,6 +132,7 @@ def measure_rpo(where: Place) -> list[Row]:
         records = rig.agent_status()["records"]
     changed = [record["changed_bytes"] / MIB for record in records[1:]]
     taken = [record["taken_seconds"] for record in records[1:]]
+    pauses = [record["pause_seconds"] for record in records[1:] if record["pause_seconds"]]
     return [
         Row(
             figure=f"RPO durable under {written / 1e6:.0f} MB/s of churn, p99 of {seconds} s",
@@ -141,7 +142,8 @@ def measure_rpo(where: Place) -> list[Row]:
             limit=5.0,
             limit_is="the interval between changesets",
             note=f"median {statistics.median(samples):.1f} s; changesets of "
-            f"{statistics.median(changed):.0f} MiB, each {statistics.median(taken):.1f} s",
+            f"{statistics.median(changed):.0f} MiB, each {statistics.median(taken):.1f} s; "
+            f"freezes, which stretch the interval, in seconds: {spread(pauses or [0.0])}",
         )
     ]
 
