@@ -5,6 +5,7 @@ Exit code 0 whether targets are met or not; 1, with the reason, when a benchmark
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("--rest", type=float, default=1.0, help="seconds of rest between runs")
     parser.add_argument("--list", action="store_true", help="name the benchmarks")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # clean up, as after an interrupt
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PAPER_WIDTH
