@@ -46,6 +46,12 @@ class Stamp:
 NOTHING = Stamp(0, 0)
 """Before the first changeset of the first generation."""
 
+GENERATION_LEAP_MAX = 1 << 16
+"""Above what one knows a generation that others tell of is not believed to lie further.
+
+Whoever writes watermarks could else use the numbers up with one.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Bookmark:

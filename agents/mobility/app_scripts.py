@@ -74,14 +74,25 @@ def _check(script: str) -> None:
             f"the script {script} can be written by others than its owner and root",
             hint="chown root, chmod 755",
         )
-    folder = os.path.dirname(os.path.realpath(script))
-    while True:
-        mode = os.stat(folder).st_mode
-        if mode & 0o002 and not mode & stat.S_ISVTX:
-            raise ConfigError(f"anyone can replace the script {script}: {folder} is open to all")
-        if folder == "/":
-            return
-        folder = os.path.dirname(folder)
+    _check_path(script, script)
+    _check_path(script, os.path.realpath(script))
+
+
+def _check_path(script: str, path: str) -> None:
+    """Raise ConfigError where somebody could put something else in the place of ``path``."""
+    trusted = (0, os.geteuid())
+    if os.lstat(path).st_uid not in trusted:  # a link: in an open folder its owner can replace it
+        raise ConfigError(f"others can replace the script {script}: they own the link {path}")
+    while path != "/":
+        path = os.path.dirname(path)
+        found = os.stat(path)
+        open_to = 0o022 if found.st_gid else 0o002
+        is_open = found.st_mode & open_to and not found.st_mode & stat.S_ISVTX
+        if found.st_uid not in trusted or is_open or os.lstat(path).st_uid not in trusted:
+            raise ConfigError(
+                f"others can replace the script {script}: {path} is theirs or open to them",
+                hint="keep scripts where root alone can write, as /etc/understudy",
+            )
 
 
 def _run(script: str, seconds_max: float) -> str:

@@ -27,7 +27,7 @@ from agents.mobility.reconcile import (
 )
 from agents.mobility.stream_state import BlockSets, Pending, StreamStateFile, merge, subtract
 from replication.block_set import BlockSet
-from replication.bookmark import Stamp
+from replication.bookmark import GENERATION_LEAP_MAX, Stamp
 from replication.errors import PeerError
 from replication.stream import StreamState
 from replication.watermark import Repair
@@ -92,6 +92,12 @@ def begin_generation(
         stream.committed.generation,
         stream.watermark.applied.generation,
     )
+    if max(known) > state.position.generation + GENERATION_LEAP_MAX:
+        raise PeerError(
+            f"the second site speaks of generation {max(known)}; the agent has begun "
+            f"{state.position.generation}",
+            hint="no machine has so many: see who else writes into the cache storage account",
+        )
     state.save(
         {disk: BlockSet.full(count) for disk, count in block_counts.items()},
         generation=max(known) + 1,
@@ -128,8 +134,12 @@ def learn_applied(state: StreamStateFile, applied: Stamp) -> int:
 
 
 def take_up_repair(state: StreamStateFile, repair: Repair) -> bool:
-    """Add what the applier asks for to ``todo``, durably; False when there is nothing new."""
-    if repair.request <= state.position.repairing:
+    """Add what the applier asks for to ``todo``, durably; False when there is nothing new.
+
+    A request of a lower number is new too: the one before may have been no applier's, or the
+    applier has lost its book.
+    """
+    if repair.request in (0, state.position.repairing):
         return False
     for run in repair.runs:
         blocks = state.todo.get(run.disk)

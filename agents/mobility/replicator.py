@@ -124,7 +124,7 @@ class Replicator:
         return (
             not self._state.position.seeded
             or now >= self._clock.heartbeat_at
-            or bool(repair and repair > self._state.position.repairing)
+            or bool(repair and repair != self._state.position.repairing)
             or any(self._state.todo.values())
             or is_dirty(self._disks)
         )

@@ -152,7 +152,7 @@ def test_script_of_another_user_or_in_an_open_folder_is_refused(
     os.chown(path, 0, 0)
     check_scripts([path])
     tmp_path.chmod(0o777)
-    with pytest.raises(ConfigError, match="open to all"):
+    with pytest.raises(ConfigError, match="open to them"):
         check_scripts([path])
 
 
