@@ -6,7 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from appliance.cli.output import AsJson, Column, instant, mebibytes, print_json, print_rows
+from appliance.cli.output import (
+    AsJson,
+    Column,
+    instant,
+    mebibytes,
+    print_json,
+    print_rows,
+    printable,
+)
 from replication.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="The mobility agent of this machine.")
@@ -56,14 +64,14 @@ def _find(folder: str | None) -> list[dict[str, Any]]:
 
 def _tell(news: dict[str, Any]) -> None:
     alive = os.path.exists(f"/proc/{news['pid']}")
-    typer.secho(f"{news['name'] or news['machine']}", bold=True, nl=False)
+    typer.secho(printable(news["name"] or news["machine"]), bold=True, nl=False)
     typer.echo(
         f"  {news['state'] if alive else 'the agent does not run'}, tracker {news['tracker']}"
     )
     if news["trouble"]:
-        typer.secho(f"  {news['trouble']}", fg="red")
+        typer.secho(f"  {printable(news['trouble'])}", fg="red")
     disks = ", ".join(f"{disk['name']} {mebibytes(disk['size_bytes'])}" for disk in news["disks"])
-    typer.echo(f"  disks      {disks}")
+    typer.echo(f"  disks      {printable(disks)}")
     typer.echo(
         f"  stream     committed {news['committed']}, applied {news['applied']}, "
         f"{news['unapplied_count']} changesets kept until applied"

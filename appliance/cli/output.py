@@ -19,6 +19,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 PIPE_WIDTH = 200
 
@@ -50,7 +51,7 @@ def print_rows(
     # A pipe has no width: lines stay whole there, for grep and for logs.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     if not rows:
-        console.print(none)
+        console.print(_plain(none))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
@@ -60,8 +61,20 @@ def print_rows(
             no_wrap=not column.wraps,
         )
     for row in rows:
-        table.add_row(*(column.show(row[column.key]) for column in columns))
+        table.add_row(*(_plain(column.show(row[column.key])) for column in columns))
     console.print(table)
+
+
+def _plain(text: str) -> Text:
+    """As it is: no markup, and nothing that a terminal would obey. Names and reasons come from
+    machines that others may own.
+    """
+    return Text(printable(text))
+
+
+def printable(text: str) -> str:
+    """``text`` with a question mark for whatever does not print."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def mebibytes(size_bytes: int) -> str:

@@ -97,7 +97,8 @@ def _status(stack: Stack, *, as_json: bool) -> None:
     for machine in machines:
         console.print(
             f"{machine['machine']:18} {machine['state']}, committed {machine['committed']}, "
-            f"applied {machine['applied']}, {machine['points']} points {machine['trouble']}"
+            f"applied {machine['applied']}, {machine['points']} points {machine['trouble']}",
+            markup=False,
         )
 
 
