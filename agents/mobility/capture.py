@@ -233,7 +233,10 @@ class Capture:
             for content in contents(disk.index, wanted[disk.index].runs(), clone.read_blocks):
                 self.builder.add(content)
         self._audit, self._audit_chunk = AuditSample([]), self.state.position.audit_chunk
-        sent = _union(self.state.todo, peeked)
+        # What ``todo`` has of ``peeked`` stays in it: the clone may hold half of a write whose end
+        # this process alone will miss. See ``_end``.
+        todo = self.state.todo[disk.index]
+        sent = {disk.index: (todo | peeked[disk.index]) - (todo & peeked[disk.index])}
         return self._end(self._promise, downgraded, sent, at_ns=at_ns)
 
     def _exactly_quiet_at(self) -> int:
