@@ -34,6 +34,11 @@ CHANNEL = 0
 LINE_BYTES_MAX = 1 << 20
 MOUNT_COUNT_MAX = 256
 STACK_BYTES = 256 << 10
+EXPEDITED = "/sys/kernel/rcu_expedited"
+NORMAL = "/sys/kernel/rcu_normal"
+OUR_MARK = b"21315"
+"""What is written to have it expedited: any number but 0 does, and this one says who it was."""
+
 THAW_RETRY_SECONDS = 0.1
 LOOK_AGAIN_SECONDS = 0.01
 
@@ -103,6 +108,35 @@ class Hold:
         self.state = state
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake, b"\0")
+
+
+class Haste:
+    """Has the kernel hurry while file systems are being frozen.
+
+    FIFREEZE waits for an RCU grace period at each of three levels, two of them while writers wait
+    already: 10 to 25 ms each on a busy machine, well under one when the kernel expedites them.
+    The switch is the whole machine's and costs an interrupt per CPU and grace period, so it is on
+    for no longer than the freezing takes. Where somebody has set it, or wants grace periods to be
+    normal (as on real-time machines), it is left alone. Best effort: without it a freeze is slower.
+
+    Source: kernel/rcu/sync.c, fs/super.c; "rcu_expedited" in Documentation/RCU.
+    """
+
+    def __init__(self) -> None:
+        # A process that was killed in a freeze has left its mark.
+        self._restore()
+
+    def begin(self) -> None:
+        if _number(EXPEDITED) == 0 and _number(NORMAL) == 0:
+            _write(EXPEDITED, OUR_MARK)
+
+    def end(self) -> None:
+        self._restore()
+
+    @staticmethod
+    def _restore() -> None:
+        if _number(EXPEDITED) == int(OUR_MARK):
+            _write(EXPEDITED, b"0")
 
 
 class Session:
@@ -175,6 +209,7 @@ class Server:
         self._session: Session | None = None
         self._lingering: list[Hold] = []
         self._stopping = False
+        self._haste = Haste()
 
     def run(self) -> None:
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
@@ -191,6 +226,7 @@ class Server:
                 hold.release()
             for hold in self._holds():
                 hold.join()
+            self._haste.end()
 
     def _serve(self) -> None:
         poller = select.poll()
@@ -207,6 +243,7 @@ class Server:
                     return
             reply = self._session.reply() if self._session else None
             if reply is not None:
+                self._haste.end()
                 if not reply.get("frozen"):
                     self._end_session()
                 self._send(reply)
@@ -249,6 +286,7 @@ class Server:
                 os.close(fd)
             self._send({"frozen": False, "reasons": reasons})
             return
+        self._haste.begin()
         holds = [Hold(path, fd, deadline, self._wake) for path, fd in opened.items()]
         self._session = Session(holds, deadline)
 
@@ -289,6 +327,20 @@ def _mount_point(fd: int) -> bytes:
         points = {line.split()[0]: line.split()[4] for line in mounts}
     point = points.get(mount_id[1], b"") if mount_id else b""
     return _OCTAL.sub(lambda found: bytes([int(found[1], 8)]), point)
+
+
+def _number(path: str) -> int:
+    """What a file of the kernel says; -1 where it says nothing."""
+    try:
+        with open(path, "rb") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return -1
+
+
+def _write(path: str, text: bytes) -> None:
+    with contextlib.suppress(OSError), open(path, "wb") as file:
+        file.write(text)
 
 
 def _freeze_refusal(error: OSError) -> str:

@@ -354,3 +354,40 @@ def test_image_on_a_file_system_to_be_frozen_is_followed(
     with pytest.raises(ConfigError, match="by way of"):
         refuse_own([host.described()], [os.path.join(above.point, "log")])
     refuse_own([above.described()], [host.point])
+
+
+EXPEDITED = Path("/sys/kernel/rcu_expedited")
+
+
+def test_kernel_hurries_only_while_it_freezes(ext4: Mount, holder: Freezer) -> None:
+    seen = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.add(EXPEDITED.read_text().strip())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(5):
+            holder.freeze([ext4.point], 10)
+            assert EXPEDITED.read_text().strip() == "0"
+            assert holder.thaw().held
+    finally:
+        done.set()
+        watcher.join()
+    assert seen == {"0", str(int(freezer.OUR_MARK))}
+
+
+def test_haste_of_a_killed_freezer_ends_with_the_next(ext4: Mount) -> None:
+    EXPEDITED.write_bytes(freezer.OUR_MARK)
+    with Freezer() as holder:
+        assert EXPEDITED.read_text().strip() == "0"
+        EXPEDITED.write_text("1")  # an administrator's: it stays
+        try:
+            holder.freeze([ext4.point], 10)
+            holder.thaw()
+            assert EXPEDITED.read_text().strip() == "1"
+        finally:
+            EXPEDITED.write_text("0")
