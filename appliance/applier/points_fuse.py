@@ -20,7 +20,7 @@ import stat
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyfuse3
@@ -70,13 +70,16 @@ _DESCRIPTION = "point.json"
 class Node:
     """A place in the tree; parts that lie deeper are None. A file is ``disk`` or the description.
 
-    disk: number of the disk; -1 for the description.
+    disk:       number of the disk; -1 for the description.
+    applied_ns: when the position was applied. A store that was put back or begun anew uses
+                positions again, and the kernel keeps what it has read of a file by its node.
     """
 
     machine: str | None = None
     position: int | None = None
     disk: int | None = None
     is_latest: bool = False
+    applied_ns: int = 0
 
 
 class PointsTree(pyfuse3.Operations):
@@ -160,7 +163,7 @@ class PointsTree(pyfuse3.Operations):
         if node.disk < 0:
             content: View | bytes = describe_point(store, point)
         else:
-            content = await self._call(self._views.acquire, store, point.position, node.disk)
+            content = await self._call(self._views.acquire, store, point, node.disk)
         return pyfuse3.FileInfo(fh=self._handle(content), keep_cache=True)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -210,15 +213,16 @@ class PointsTree(pyfuse3.Operations):
             return [(name, Node(name)) for name in self._machines()]
         if node.position is None:
             _, points = self._points(node.machine)
-            found = [(point_name(point), Node(node.machine, point.position)) for point in points]
+            found = [
+                (point_name(p), Node(node.machine, p.position, applied_ns=p.applied_ns))
+                for p in points
+            ]
             if points:
                 found.append((LATEST, Node(node.machine, is_latest=True)))
             return found
         _, point = self._point(node)
-        files = [
-            (disk_name(s.index), Node(node.machine, node.position, s.index)) for s in point.disks
-        ]
-        return [*files, (_DESCRIPTION, Node(node.machine, node.position, -1))]
+        files = [(disk_name(s.index), replace(node, disk=s.index)) for s in point.disks]
+        return [*files, (_DESCRIPTION, replace(node, disk=-1))]
 
     def _machines(self) -> dict[str, ReaderStore]:
         until, machines = self._listed_machines
@@ -245,7 +249,7 @@ class PointsTree(pyfuse3.Operations):
     def _point(self, node: Node) -> tuple[ReaderStore, Point]:
         store, points = self._listed(node.machine)
         point = points.get(node.position or 0)
-        if point is None:
+        if point is None or point.applied_ns != node.applied_ns:
             raise ConfigError(f"machine {node.machine} has no point {node.position}")
         return store, point
 

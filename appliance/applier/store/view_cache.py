@@ -8,13 +8,16 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from replication.errors import ConfigError
+
 if TYPE_CHECKING:
     import uuid
 
+    from appliance.applier.store.model import Point
     from appliance.applier.store.reader_store import ReaderStore
     from appliance.applier.store.view import View
 
-    Key = tuple[uuid.UUID, int, int]
+    Key = tuple[uuid.UUID, int, int, int]
 
 IDLE_VIEWS_MAX = 8
 IDLE_SECONDS_MAX = 10.0
@@ -35,19 +38,26 @@ class ViewCache:
         self._shared: OrderedDict[Key, _Shared] = OrderedDict()
         self._lock = threading.Lock()
 
-    def acquire(self, store: ReaderStore, position: int, disk: int) -> View:
+    def acquire(self, store: ReaderStore, point: Point, disk: int) -> View:
         """Raises what ``ReaderStore.open_view`` raises; pair it with ``release``."""
-        key = (store.machine, position, disk)
+        key = _key(store.machine, point, disk)
         with self._lock:
             shared = self._shared.get(key)
             if shared is None:
-                shared = _Shared(store.open_view(position, disk), 0, 0.0)
+                view = store.open_view(point.position, disk)
+                if _key(store.machine, view.point, disk) != key:
+                    view.close()
+                    raise ConfigError(
+                        f"position {point.position} of machine {store.machine} is another one now",
+                        hint="list its points: the store was put back or begun anew",
+                    )
+                shared = _Shared(view, 0, 0.0)
                 self._shared[key] = shared
             shared.users += 1
             return shared.view
 
     def release(self, view: View) -> None:
-        key = (view.machine, view.point.position, view.disk)
+        key = _key(view.machine, view.point, view.disk)
         with self._lock:
             shared = self._shared[key]
             shared.users -= 1
@@ -71,3 +81,7 @@ class ViewCache:
             for shared in self._shared.values():
                 shared.view.close()
             self._shared.clear()
+
+
+def _key(machine: uuid.UUID, point: Point, disk: int) -> Key:
+    return machine, point.position, point.applied_ns, disk

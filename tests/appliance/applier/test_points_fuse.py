@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from appliance.applier.points_fuse import export
-from tests.appliance.applier.store.recorded_machine import BLOCK, MACHINE, RecordedMachine
+from appliance.applier.store.reader_store import machine_folder
+from tests.appliance.applier.store.recorded_machine import (
+    BLOCK,
+    MACHINE,
+    SECOND_NS,
+    START_NS,
+    RecordedMachine,
+)
 
 SERVE = """
 import sys
@@ -119,6 +127,24 @@ def test_files_stay_right_while_layers_are_merged_and_folded(
         assert sorted(points) == [1, 5, 6, 7]
         for position, folder in points.items():
             assert (folder / "disk0.img").read_bytes() == machine.images[position][0]
+
+
+def test_a_store_that_was_begun_anew_shows_nothing_of_the_one_before(
+    mount: Mount, machine: RecordedMachine
+) -> None:
+    mount.start()
+    for folder in points_of(mount).values():
+        assert (folder / "disk0.img").read_bytes()  # the kernel keeps these pages
+    shutil.rmtree(machine_folder(machine.root, MACHINE))
+    anew = RecordedMachine(machine.root, seed=2, sizes=(700, 33))
+    with anew.open() as store:
+        for number in range(6):
+            anew.apply(store, time_ns=START_NS + (10_000 + number) * SECOND_NS)
+    time.sleep(1.1)  # listings are kept for a second
+    points = points_of(mount)
+    assert sorted(points) == [1, 2, 3, 4, 5, 6]
+    for position, folder in points.items():
+        assert (folder / "disk0.img").read_bytes() == anew.images[position][0]
 
 
 def test_a_rotten_block_is_an_io_error_and_others_are_served(
