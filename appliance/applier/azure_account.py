@@ -92,8 +92,11 @@ class AzureAccount:
         client = self._blobs.get_blob_client(container, name)
         with _told(f"read {container}/{name}"):
             try:
-                # One ranged request: what is longer than it may be is not taken whole.
-                stream = await client.download_blob(offset=0, length=bytes_max + 1)
+                # One ranged request: what is longer than it may be is not taken whole. Nor is it
+                # unpacked: a blob's Content-Encoding could make gigabytes of it.
+                stream = await client.download_blob(
+                    offset=0, length=bytes_max + 1, decompress=False
+                )
                 return await stream.readall()
             except ResourceNotFoundError:
                 return None

@@ -60,7 +60,9 @@ class Inbox:
     """What waits for one machine.
 
     containers: all of the machine's, as of the last look.
-    newest:     the newest changeset that is known to exist, or its container's first.
+    passed_over: containers that wait and are too many to be listed in one look.
+    newest:     the newest changeset that names tell of, or its container's first: unproven.
+    authentic:  the newest changeset whose manifest was opened.
     """
 
     def __init__(
@@ -77,7 +79,9 @@ class Inbox:
         self._told: set[tuple[Stamp, str]] = set()
         self._faults: list[Fault] = []
         self.containers: list[str] = []
+        self.passed_over = 0
         self.newest = NOTHING
+        self.authentic = NOTHING
 
     async def look(self, head: Stamp) -> None:
         """Find out anew which containers there are; ``next`` lists what it needs of them."""
@@ -85,10 +89,16 @@ class Inbox:
         lasts = {name: last for name in names if (last := container_last(name)) is not None}
         self.containers = sorted(lasts, key=lambda name: lasts[name])
         waiting = [name for name in self.containers if lasts[name] > head]
-        # The newest generation first: its stream has taken the place of the older ones.
+        # The newest generation first: its stream has taken the place of the older ones. But
+        # whoever can make containers must not hide those that go on from here behind them.
         waiting.sort(key=lambda name: (-lasts[name].generation, lasts[name].number))
+        ours = [name for name in waiting if lasts[name].generation == head.generation]
+        ours = ours[: CONTAINERS_LISTED_MAX // 2]
+        newer = [name for name in waiting if lasts[name].generation > head.generation]
+        listed = [*newer[: CONTAINERS_LISTED_MAX - len(ours)], *ours]
+        self.passed_over = len(waiting) - len(listed)
         self._before, self._seen = self._seen, {}
-        self._unlisted = deque(waiting[:CONTAINERS_LISTED_MAX])
+        self._unlisted = deque(listed)
         for last in lasts.values():
             first = max(1, last.number + 1 - CONTAINER_CHANGESETS)
             self.newest = max(self.newest, Stamp(last.generation, first))
@@ -134,8 +144,11 @@ class Inbox:
         assert last is not None
         for blob in await self._account.blobs(container, MANIFEST_PREFIX):
             number = manifest_number(blob.name)
-            if number is None:
-                continue
+            if (
+                number is None
+                or number // CONTAINER_CHANGESETS != last.number // CONTAINER_CHANGESETS
+            ):
+                continue  # not one of ours, and it must not stand in the place of one
             stamp = Stamp(last.generation, number)
             before = self._before.get(stamp)
             known = before is not None and before.version == blob.version
@@ -159,6 +172,7 @@ class Inbox:
             self._mark(stamp, f"{error}, {hint}")
             return
         self._opened = Opened(manifest, key, seen.container)
+        self.authentic = max(self.authentic, stamp)
         self._seen[stamp] = replace(seen, since=manifest.since)
 
     def _open(self, raw: bytes, stamp: Stamp) -> tuple[Manifest, AttemptKey]:

@@ -31,7 +31,7 @@ from appliance.applier.watermark_blob import WatermarkBlob
 from daemon.service import Health
 from replication.bookmark import NOTHING, Stamp
 from replication.cache_layout import container_last, manifest_name
-from replication.errors import PeerError, ReplicationError, UnavailableError
+from replication.errors import PeerError, ReplicationError, StorageError, UnavailableError
 from replication.watermark import NO_ATTEMPT, Watermark
 
 REOPEN_SECONDS = 10.0
@@ -77,6 +77,7 @@ class MachineApplier:
         self._bad: dict[str, str] = {}
         self._malformed: dict[Stamp, str] = {}
         self._look_at = 0.0
+        self._undropped = ""
 
     @property
     def id_text(self) -> str:
@@ -252,7 +253,7 @@ class MachineApplier:
                 wanted=self._asking.names,
                 repair=keeping.repair,
                 lost=lost,
-                lost_generation=max(self._inbox.newest, _head(store)).generation if lost else 0,
+                lost_generation=max(self._inbox.authentic, _head(store)).generation if lost else 0,
             )
         )
 
@@ -275,8 +276,12 @@ class MachineApplier:
             for name in self._inbox.containers
             if (last := container_last(name)) is not None and last < head
         ]
+        self._undropped = ""
         for name in passed[:DROPS_MAX]:
-            await self._shared.account.drop(name)
+            try:
+                await self._shared.account.drop(name)
+            except StorageError as error:  # a lease or a policy: applying goes on all the same
+                self._undropped = str(error)
 
     def _event(self, keeping: Keeping, code: str, message: str) -> None:
         keeping.tell(code, message)
@@ -284,10 +289,14 @@ class MachineApplier:
 
     def _report(self, head: Stamp, keeping: Keeping, warning: str) -> None:
         lost = self._lost(keeping)
-        told = [warning] if warning else []
+        told = [trouble for trouble in (warning, self._undropped) if trouble]
+        if not (warning or self._watermark.is_put):
+            told.append("the cache does not take the watermark: what is applied cannot be told")
         if self._asking.names:
             faults = f"; {keeping.newest_event}" if keeping.newest_event else ""
             told.append(f"waiting for {len(self._asking.names)} blobs to be put again{faults}")
+        if self._inbox.passed_over:
+            told.append(f"{self._inbox.passed_over} containers more wait than are looked at once")
         if keeping.repair.runs:
             told.append(f"{len(keeping.repair.runs)} runs of blocks need repair by the source")
         self._shared.health.report(

@@ -85,7 +85,13 @@ class RepairBook:
             self._keep(tuple(OpenRun(self._request, run) for run in self.open_runs))
 
     def fulfilled(self, repaired: int) -> tuple[RepairRun, ...]:
-        """The open runs that a changeset with this ``repaired`` carries."""
+        """The open runs that a changeset with this ``repaired`` carries.
+
+        None for a request that was never made: whoever writes watermarks in our name must not
+        close the book.
+        """
+        if repaired > self._request:
+            return ()
         return tuple(item.run for item in self._open if item.request <= repaired)
 
     def fit(self, disks: Sequence[DiskShape]) -> None:
