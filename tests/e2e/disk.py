@@ -4,8 +4,10 @@ import contextlib
 import fcntl
 import os
 import subprocess
+import time
 from pathlib import Path
 
+UNMOUNT_SECONDS_MAX = 10.0
 _FITHAW = 0xC0045878
 _MKFS = {
     "ext4": ("mkfs.ext4", "-q", "-F"),
@@ -48,7 +50,14 @@ class Disk:
         run("mount", self.device, self.mount_point)
 
     def unmount(self) -> None:
-        run("umount", self.mount_point)
+        """Unmount; an agent that is just syncing the file system holds it for a moment."""
+        deadline = time.monotonic() + UNMOUNT_SECONDS_MAX
+        while self.is_mounted:
+            done = subprocess.run(
+                ["umount", self.mount_point], check=False, capture_output=True, text=True
+            )
+            assert not done.returncode or time.monotonic() < deadline, done.stderr
+            time.sleep(0.1 if done.returncode else 0)
 
     @property
     def is_mounted(self) -> bool:

@@ -173,11 +173,13 @@ class Part:
             body = {}
         return body
 
-    def metric(self, name: str) -> float:
-        """Sum over a metric's samples; 0 where there is none."""
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum over a metric's samples that have these labels; 0 where there is none."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
         with urllib.request.urlopen(self._url("metrics"), timeout=5) as answer:
             lines = answer.read().decode().splitlines()
-        samples = (line for line in lines if line.split("{")[0].split(" ")[0] == name)
+        samples = [line for line in lines if line.split("{")[0].split(" ")[0] == name]
+        samples = [line for line in samples if all(label in line for label in wanted)]
         return sum(float(line.rsplit(" ", 1)[1]) for line in samples)
 
     def resident_bytes(self) -> int:

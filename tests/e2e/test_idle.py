@@ -8,7 +8,9 @@ from tests.e2e.rig import Rig
 
 _MIB = 1 << 20
 HEARTBEAT_SECONDS = 3.0
-WATCHED_SECONDS = 12.0
+WATCHED_SECONDS = 10.0
+OWN_BYTES_MAX = 64 << 10
+"""XFS covers its log about half a minute after the last write: a few blocks of its own, once."""
 AGENT_CPU_SHARE_MAX = 0.05
 
 
@@ -27,9 +29,11 @@ def test_a_quiet_machine_sends_heartbeats_alone(rig: Rig) -> None:
         time.sleep(0.2)
         ages.append(time.time() - rig.points()[-1].bookmark.time_ns / 1e9)
     fresh = _records(rig)[before:]
-    assert 2 <= len(fresh) <= WATCHED_SECONDS / HEARTBEAT_SECONDS + 1
+    own = [record["changed_bytes"] for record in fresh if record["changed_bytes"]]
+    assert sum(own) <= OWN_BYTES_MAX
+    assert len(own) <= 1
+    assert 2 <= len(fresh) <= WATCHED_SECONDS / HEARTBEAT_SECONDS + 1 + len(own)
     assert [record["pause_seconds"] for record in fresh] == [0] * len(fresh)
-    assert [record["changed_bytes"] for record in fresh] == [0] * len(fresh)
     assert {record["consistency"] for record in fresh} == {"crash"}
     assert max(ages) < HEARTBEAT_SECONDS + 3
     assert rig.agent.cpu_seconds() - cpu_before < AGENT_CPU_SHARE_MAX * WATCHED_SECONDS

@@ -49,7 +49,7 @@ def check_outage(rig: Rig, *, seconds: float) -> None:
 
 
 def _refused(rig: Rig) -> bool:
-    return rig.process_server.metric("understudy_refusals_total") > 0
+    return rig.process_server.metric("understudy_refusals_total", code="spool_full") > 0
 
 
 def _spool_bytes(rig: Rig) -> float:
