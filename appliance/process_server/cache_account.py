@@ -120,7 +120,8 @@ class CacheAccount:
             condition = {"etag": etag, "match_condition": MatchConditions.IfModified}
         with _told(f"read {container}/{name}"):
             try:
-                download = await client.download_blob(**condition, **_QUICK)
+                # Else a blob's Content-Encoding could make gigabytes of it, whatever its size.
+                download = await client.download_blob(decompress=False, **condition, **_QUICK)
                 if download.size > bytes_max:
                     raise StorageError(
                         f"{container}/{name} has {download.size} bytes, more than {bytes_max}"
@@ -206,7 +207,7 @@ async def _is_same(client: ContainerClient, name: str, content: bytes) -> bool:
     md5 = properties.content_settings.content_md5
     if md5:
         return bytes(md5) == hashlib.md5(content, usedforsecurity=False).digest()
-    download = await blob.download_blob()
+    download = await blob.download_blob(decompress=False)
     return bool(await download.readall() == content)
 
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import xxhash
 
 from appliance.process_server.cache_account import CacheAccount
-from appliance.process_server.order import Position
+from appliance.process_server.order import Position, read_watermark
 from appliance.process_server.spool import Ledger
-from replication.bookmark import MachineId, Stamp
+from replication.bookmark import GENERATION_LEAP_MAX, MachineId, Stamp
 from replication.cache_layout import (
     CONTAINER_CHANGESETS,
     container_last,
@@ -53,7 +53,7 @@ async def _read_watermark(cache: CacheAccount, machine: MachineId) -> Watermark:
     if found is None:
         return Watermark(machine)
     try:
-        return Watermark.from_bytes(found.content)
+        return read_watermark(found.content, machine, Position())
     except PeerError as error:
         raise UnavailableError(
             f"the watermark of {machine} cannot be read: {error}",
@@ -76,6 +76,8 @@ def _follow(
     if (manifest.machine, manifest.stamp) != (machine, stamp) or not _is_whole(manifest, sizes):
         return ledger
     committed = ledger.position.committed
+    if stamp.generation > committed.generation + GENERATION_LEAP_MAX:
+        return ledger
     reached = committed.number if committed.generation == stamp.generation else 0
     if manifest.since > reached:
         return ledger

@@ -51,6 +51,7 @@ async def listen(
         keepalive_timeout=limits.idle_seconds_max,
         lingering_time=LINGER_SECONDS_MAX,
         read_bufsize=READ_BUFFER_BYTES,
+        auto_decompress=False,  # else a body could be larger than what was reserved for it
     )
 
     def connect() -> RequestHandler:

@@ -6,10 +6,10 @@ Source: FORMAT.md §9, "Order".
 from dataclasses import dataclass
 from enum import Enum
 
-from replication.bookmark import NOTHING, Stamp
-from replication.errors import OutOfOrderError
+from replication.bookmark import GENERATION_LEAP_MAX, NOTHING, MachineId, Stamp
+from replication.errors import OutOfOrderError, PeerError
 from replication.manifest import Manifest
-from replication.watermark import NO_ATTEMPT
+from replication.watermark import NO_ATTEMPT, Watermark
 
 NO_DIGEST = bytes(16)
 
@@ -38,6 +38,11 @@ class Position:
             return Position(applied, attempt, NO_DIGEST, applied)
         newest = max(applied, self.applied)
         return Position(self.committed, self.attempt, self.digest, newest)
+
+    def awaits(self, number: int) -> bool:
+        """Whether ``number`` can be that of a changeset that is acknowledged and not applied."""
+        same = self.applied.generation == self.committed.generation
+        return (self.applied.number if same else 0) < number <= self.committed.number
 
     def fallen_back(self, attempt: bytes) -> "Position":
         """What is left when changesets after ``applied`` are lost for good: ``applied`` itself.
@@ -102,3 +107,20 @@ def _refuse_old(newest: Stamp, stamp: Stamp) -> None:
             f"was expected",
             hint="ask for the state and go on from there",
         )
+
+
+def read_watermark(content: bytes, machine: MachineId, position: Position) -> Watermark:
+    """The watermark of ``machine``, whose stream is known up to ``position``.
+
+    Raises PeerError when it is none, is another machine's, or leaps.
+    """
+    watermark = Watermark.from_bytes(content)
+    if watermark.machine != machine:
+        raise PeerError(f"the watermark of {machine} is of {watermark.machine}")
+    known = position.committed.generation
+    if watermark.applied.generation > known + GENERATION_LEAP_MAX:
+        raise PeerError(
+            f"the watermark of {machine} says {watermark.applied}; generation {known} is the "
+            "newest that is known"
+        )
+    return watermark

@@ -7,13 +7,16 @@ again.
 """
 
 import asyncio
+from collections.abc import Iterable
 
 import structlog
 
 from appliance.process_server.cache_account import CacheAccount
 from appliance.process_server.config import CacheConfig
 from appliance.process_server.measures import Measures
+from appliance.process_server.order import read_watermark
 from appliance.process_server.persistence import Persistence
+from appliance.process_server.segment_file import Segment
 from appliance.process_server.stream import Changeset, Stream, held_in_order
 from appliance.process_server.uploader import Uploader, note_uploaded
 from daemon.service import Health
@@ -24,7 +27,6 @@ from replication.cache_layout import (
     segment_name,
 )
 from replication.errors import PeerError
-from replication.watermark import Watermark
 
 RECHECK_SECONDS_MAX = 120.0
 WANTED_AGAIN_SECONDS = 10.0
@@ -78,7 +80,7 @@ class Watcher:
             return etag
         part = f"watermark {stream.machine}"
         try:
-            watermark = _read_watermark(stream, found.content)
+            watermark = read_watermark(found.content, stream.machine, stream.position)
         except PeerError as error:
             self._health.report(part, warning=f"{error}: the one before is kept")
             return found.etag
@@ -123,10 +125,16 @@ class Watcher:
         for name in [name for name in served if name not in wanted]:
             del served[name]
         absent = []
-        for name in wanted:
-            if now - served.get(name, -WANTED_AGAIN_SECONDS) < WANTED_AGAIN_SECONDS:
-                continue
-            if not await self._put_wanted(stream, name):
+        due = [
+            name
+            for name in wanted
+            if now - served.get(name, -WANTED_AGAIN_SECONDS) >= WANTED_AGAIN_SECONDS
+        ]
+        names = names_of(held_in_order(stream)) if due else {}
+        for name in due:
+            for changeset, segment in names.get(name, ()):
+                await self._put_wanted(stream, changeset, segment)
+            if name not in names:
                 absent.append(name)
                 await self._give_up(stream, name, asked_before=name in served)
             served[name] = asyncio.get_running_loop().time()
@@ -139,8 +147,8 @@ class Watcher:
     async def _give_up(self, stream: Stream, name: str, *, asked_before: bool) -> None:
         """A manifest that neither cache nor spool has, asked for again: its changeset is lost."""
         number = manifest_number(name)
-        lost = number is not None and number <= stream.position.committed.number
-        if lost and asked_before and stream.position.committed > stream.position.applied:
+        lost = number is not None and stream.position.awaits(number)
+        if lost and asked_before:
             structlog.get_logger().warning(
                 "acknowledged changesets are lost; the agent sends them again",
                 machine=str(stream.machine),
@@ -149,32 +157,28 @@ class Watcher:
             )
             await stream.fall_back()
 
-    async def _put_wanted(self, stream: Stream, name: str) -> bool:
-        found = False
-        for changeset in list(held_in_order(stream)):
-            number, attempt = changeset.stamp.number, changeset.id.attempt
-            if not changeset.whole:
-                found = found or _names_it(changeset, name)
-                continue  # on its way for the first time
-            if name == manifest_name(number):
-                await self._uploader.put_manifest(stream, changeset, over=True)
-                found = True
-            for segment in changeset.segments:
-                if name == segment_name(number, attempt, segment.index):
-                    await self._uploader.put_segment(stream, changeset, segment, over=True)
-                    found = True
-        self._measures.uploads_repeated.inc(found)
-        return found
+    async def _put_wanted(
+        self, stream: Stream, changeset: Changeset, segment: Segment | None
+    ) -> None:
+        if not changeset.whole or changeset.stamp not in stream.held:
+            return  # on its way for the first time, or applied meanwhile
+        if segment is None:
+            await self._uploader.put_manifest(stream, changeset, over=True)
+        else:
+            await self._uploader.put_segment(stream, changeset, segment, over=True)
+        self._measures.uploads_repeated.inc()
 
 
-def _read_watermark(stream: Stream, content: bytes) -> Watermark:
-    watermark = Watermark.from_bytes(content)
-    if watermark.machine != stream.machine:
-        raise PeerError(f"the watermark of {stream.machine} is of {watermark.machine}")
-    return watermark
+def names_of(changesets: Iterable[Changeset]) -> dict[str, list[tuple[Changeset, Segment | None]]]:
+    """What blobs of a stream's names are: segments, and None for the manifest.
 
-
-def _names_it(changeset: Changeset, name: str) -> bool:
-    number, attempt = changeset.stamp.number, changeset.id.attempt
-    names = [segment_name(number, attempt, one.index) for one in changeset.segments]
-    return name in (manifest_name(number), *names)
+    Made once for all that is wanted: there may be many of both.
+    """
+    found: dict[str, list[tuple[Changeset, Segment | None]]] = {}
+    for changeset in changesets:
+        number, attempt = changeset.stamp.number, changeset.id.attempt
+        found.setdefault(manifest_name(number), []).append((changeset, None))
+        for segment in changeset.segments:
+            name = segment_name(number, attempt, segment.index)
+            found.setdefault(name, []).append((changeset, segment))
+    return found
