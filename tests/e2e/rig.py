@@ -151,7 +151,9 @@ class Rig:
             lines = []
         return [json.loads(line) for line in lines]
 
-    def wait_until(self, what: str, holds: Callable[[], object], seconds_max: float = 60.0) -> None:
+    def wait_until(
+        self, what: str, holds: Callable[[], object], seconds_max: float = 120.0
+    ) -> None:
         """Return when ``holds()`` is true; AssertionError naming ``what`` and telling of all parts.
 
         Fails at once when a part that should run has died.
@@ -164,7 +166,7 @@ class Rig:
                 raise AssertionError(f"{what}: {why}\n{self.report()}")
             time.sleep(TICK_SECONDS)
 
-    def wait_for_point(self, seconds_max: float = 60.0, *, after_ns: int | None = None) -> Point:
+    def wait_for_point(self, seconds_max: float = 120.0, *, after_ns: int | None = None) -> Point:
         """The first point that is taken after ``after_ns``, by default after now."""
         since_ns = time.time_ns() if after_ns is None else after_ns
         found: list[Point] = []
@@ -176,7 +178,7 @@ class Rig:
         self.wait_until("a recovery point", has_come, seconds_max)
         return found[0]
 
-    def assert_newest_equals_source(self, seconds_max: float = 60.0) -> Point:
+    def assert_newest_equals_source(self, seconds_max: float = 120.0) -> Point:
         """With all writing stopped: what comes next is the source, byte for byte."""
         for disk in self.disks:
             disk.flush()
