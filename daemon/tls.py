@@ -1,6 +1,8 @@
 """TLS as all parts speak it: version 1.3 only, certificates on both sides, one private CA."""
 
+import os
 import ssl
+import stat
 
 from daemon.config import Section
 from replication.errors import ConfigError
@@ -30,6 +32,11 @@ def _context(files: TlsFiles, protocol: int) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
+        if os.stat(files.key).st_mode & stat.S_IRWXO:
+            raise ConfigError(
+                f"everyone on this machine can reach the key {files.key}",
+                hint=f"chmod 600 {files.key}",
+            )
         context.load_cert_chain(files.certificate, files.key)
         context.load_verify_locations(files.ca)
     except (OSError, ssl.SSLError) as error:

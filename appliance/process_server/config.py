@@ -1,5 +1,7 @@
 """What the process server is told: where it listens, its spool, its cache account, its limits."""
 
+import os
+import stat
 import uuid
 from typing import Self
 
@@ -64,11 +66,18 @@ class CacheConfig(Section):
         assert self.connection_string_file is not None
         try:
             with open(self.connection_string_file, encoding="utf-8") as file:
-                return file.read().strip()
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+                content = file.read().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"cannot read the connection string in {self.connection_string_file}: {error}"
             ) from error
+        if mode & 0o077:
+            raise ConfigError(
+                f"the connection string in {self.connection_string_file} can be read by others",
+                hint=f"chmod 600 {self.connection_string_file}",
+            )
+        return content
 
 
 class LimitConfig(Section):

@@ -1,5 +1,6 @@
 import contextlib
 import datetime as dt
+import os
 import socket
 import ssl
 import threading
@@ -39,6 +40,7 @@ class Authority:
         base.with_suffix(".key").write_bytes(
             key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         )
+        base.with_suffix(".key").chmod(0o600)
         return TlsFiles(
             certificate=str(base.with_suffix(".crt")),
             key=str(base.with_suffix(".key")),
@@ -150,4 +152,15 @@ def test_unusable_files_are_told(authority: Authority, tmp_path: Path) -> None:
     ):
         for make in (server_context, client_context):
             with pytest.raises(ConfigError, match="cannot use certificate"):
+                make(files)
+
+
+def test_key_that_everyone_can_read_is_refused(authority: Authority) -> None:
+    files = authority.issue("server")
+    os.chmod(files.key, 0o640)
+    server_context(files)
+    for mode in (0o644, 0o602):
+        os.chmod(files.key, mode)
+        for make in (server_context, client_context):
+            with pytest.raises(ConfigError, match="everyone on this machine"):
                 make(files)

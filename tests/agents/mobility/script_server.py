@@ -38,6 +38,7 @@ class Authority:
         base.with_suffix(".key").write_bytes(
             key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         )
+        base.with_suffix(".key").chmod(0o600)
         return TlsFiles(
             certificate=str(base.with_suffix(".crt")),
             key=str(base.with_suffix(".key")),

@@ -52,5 +52,9 @@ def test_connection_string_comes_from_its_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the connection string"):
         load(tmp_path, content).cache.read_connection_string()
     named.write_text("AccountName=x\n")
+    named.chmod(0o640)
+    with pytest.raises(ConfigError, match="can be read by others"):
+        load(tmp_path, content).cache.read_connection_string()
+    named.chmod(0o600)
     assert load(tmp_path, content).cache.read_connection_string() == "AccountName=x"
     assert "AccountName" not in repr(load(tmp_path, WHOLE))
