@@ -7,11 +7,11 @@ round takes.
 import random
 
 import numpy as np
+import numpy.typing as npt
 
 from appliance.applier.audit import Finding, find_rotten
 from appliance.applier.store.machine_store import MachineStore
 from replication.block_set import BLOCK_BYTES
-from replication.checksum import DIGEST_BYTES
 
 SLICE_BYTES_MAX = 64 << 20
 LOOK_BLOCKS = 1 << 14
@@ -45,7 +45,7 @@ class Scrub:
             while block < view.block_count and done_bytes < bytes_max and looks < LOOKS_MAX:
                 room = -(-(bytes_max - done_bytes) // BLOCK_BYTES)
                 count = min(LOOK_BLOCKS, view.block_count - block, room)
-                for first, length in _data_runs(view.block_digests(block, count)):
+                for first, length in _data_runs(view.has_data(block, count)):
                     findings += find_rotten(view, block + first, length)
                     done_bytes += length * BLOCK_BYTES
                 block += count
@@ -57,9 +57,7 @@ class Scrub:
         return done_bytes, findings
 
 
-def _data_runs(digests: bytes) -> list[tuple[int, int]]:
+def _data_runs(has_data: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Runs (first, count) of blocks that are not holes."""
-    table = np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
-    has_data = np.concatenate(([False], table.any(axis=1), [False]))
-    edges = np.flatnonzero(np.diff(has_data.astype(np.int8)))
+    edges = np.flatnonzero(np.diff(has_data.astype(np.int8), prepend=0, append=0))
     return [(int(a), int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True)]

@@ -19,15 +19,47 @@ from appliance.applier.store.layer_writer import write_all
 from daemon.durable import make_folder, storage_error, sync_folder
 from replication.block_set import BLOCK_BYTES
 from replication.checksum import DIGEST_BYTES
+from replication.errors import IntegrityError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from appliance.applier.store.model import Point
+
+NAMES = ("base.img", "base.digest")
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _PUNCH_BYTES_MAX = 1 << 40
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def base_folder(machine_folder: str, disk: int) -> str:
+    return os.path.join(machine_folder, "disks", str(disk))
+
+
+def check_bases(machine_folder: str, base: Point | None) -> None:
+    """Raise IntegrityError when a disk of the base's point lacks its files.
+
+    Missing ones would look like a disk of zeros, and the next fold would make them anew.
+    """
+    for shape in base.disks if base is not None else ():
+        check_base(machine_folder, base, shape.index)
+
+
+def check_base(machine_folder: str, base: Point | None, disk: int) -> None:
+    """As ``check_bases``, for one disk."""
+    if base is None or all(shape.index != disk for shape in base.disks):
+        return
+    for name in NAMES:
+        path = os.path.join(base_folder(machine_folder, disk), name)
+        if not os.path.exists(path):
+            raise IntegrityError(
+                f"{path} is missing, which the base at position {base.position} needs",
+                hint="put it back. If that cannot be, and the other of the two is there, make an "
+                "empty one: its blocks are refused then, and the source is asked for them",
+            )
 
 
 class BaseImage:
@@ -57,7 +89,7 @@ class BaseImage:
     def _open(cls, folder: str, flags: int) -> BaseImage | None:
         fds: list[int] = []
         try:
-            for name in ("base.img", "base.digest"):
+            for name in NAMES:
                 path = os.path.join(folder, name)
                 fds.append(os.open(path, flags | os.O_CLOEXEC, 0o600))
         except OSError as error:

@@ -5,11 +5,10 @@ Source: docs/STORE.md §9.
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING
 
-from appliance.applier.store.base_image import BaseImage
+from appliance.applier.store.base_image import BaseImage, base_folder
 from appliance.applier.store.merge import COPY_BLOCKS, batches, read_batch
 from appliance.applier.store.model import Damage
 from replication.block_set import BLOCK_BYTES
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 def fold_layer(layer: Layer, machine_folder: str) -> list[Damage]:
     """Write the layer's blocks into the bases of its disks and make them durable.
 
+    Every disk that the machine has at the layer's end has a base then, if only an empty one.
     Returns the damage found: those blocks are written with the digest that they should have, so
     they stay refused. Raises IntegrityError when the index or the digests are unusable; the bases
     are then unchanged.
@@ -32,9 +32,9 @@ def fold_layer(layer: Layer, machine_folder: str) -> list[Damage]:
     extents = layer.extents()
     digests = layer.digests()
     damages: list[Damage] = []
-    for disk in sorted({int(disk) for disk in extents.disk}):
-        folder = os.path.join(machine_folder, "disks", str(disk))
-        with BaseImage.open_for_writing(folder) as base:
+    of_machine = {shape.index for shape in layer.header.disks}
+    for disk in sorted(of_machine | {int(disk) for disk in extents.disk}):
+        with BaseImage.open_for_writing(base_folder(machine_folder, disk)) as base:
             damages += _fold_disk(layer, extents.of_disk(disk), digests, base, disk)
             base.sync()
     return damages

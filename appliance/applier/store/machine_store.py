@@ -18,6 +18,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self
 
+from appliance.applier.store.base_image import NAMES, check_bases
 from appliance.applier.store.extents import overlay
 from appliance.applier.store.healing import heal
 from appliance.applier.store.layer_reader import Layer
@@ -235,6 +236,8 @@ class MachineStore:
             self._catalogue.intend_fold(row.last)
             try:
                 self._check_pins(row.last)
+                chain = self.chain()
+                check_bases(self.folder, chain.point(chain.base_position))
                 with self._open_layer(row) as layer:
                     layer.check_whole()  # nothing is begun that cannot be finished
             except BaseException:
@@ -280,16 +283,26 @@ class MachineStore:
                 with self.open_view(point.position, shape.index) as view:
                     damages += view.find_damage(progress)
             except IntegrityError:
-                damages += self._unusable_layers(point.position)
+                unusable = self._unusable_files(point.position)
+                if not unusable:
+                    raise
+                damages += unusable
                 break
         self._catalogue.add_damages(damages)
         if not damages:
             self._catalogue.verified(point.position, time.time_ns())
         return damages
 
-    def _unusable_layers(self, position: int) -> list[Damage]:
+    def _unusable_files(self, position: int) -> list[Damage]:
         damages = []
-        for row in self.chain().layers:
+        chain = self.chain()
+        base = chain.point(chain.base_position)
+        for shape in base.disks if base is not None else ():
+            for name in NAMES:
+                file = f"disks/{shape.index}/{name}"
+                if not os.path.exists(os.path.join(self.folder, file)):
+                    damages.append(Damage(-1, -1, file, 0, b"", time.time_ns()))
+        for row in chain.layers:
             try:
                 if row.last <= position:
                     with self._open_layer(row) as layer:

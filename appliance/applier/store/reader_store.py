@@ -14,7 +14,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING
 
-from appliance.applier.store.base_image import BaseImage
+from appliance.applier.store.base_image import BaseImage, base_folder, check_base
 from appliance.applier.store.base_record import BaseRecord
 from appliance.applier.store.catalogue import REBUILD_HINT, Catalogue, Chain
 from appliance.applier.store.layer_reader import Layer
@@ -144,8 +144,9 @@ class ReaderStore:
                 f"moved on to {record.reach}, of which the catalogue does not know",
                 hint=f"the catalogue is an older one: {REBUILD_HINT}",
             )
+        check_base(self.folder, record.point if record is not None else None, disk)
         opened: list[Layer] = []
-        base = BaseImage.open(os.path.join(self.folder, "disks", str(disk)))
+        base = BaseImage.open(base_folder(self.folder, disk))
         try:
             paths = [row.file for row in chain.layers if row.last <= point.position]
             opened.extend(Layer.open(os.path.join(self.folder, path)) for path in paths)

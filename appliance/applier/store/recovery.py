@@ -10,6 +10,7 @@ import re
 import time
 from typing import TYPE_CHECKING
 
+from appliance.applier.store.base_image import check_bases
 from appliance.applier.store.base_record import BaseRecord
 from appliance.applier.store.catalogue import REBUILD_HINT, Catalogue, Chain
 from appliance.applier.store.fold import fold_layer
@@ -122,6 +123,7 @@ def finish_fold(folder: str, catalogue: Catalogue, row: LayerRow) -> None:
     point = chain.point(row.last)
     assert point is not None
     assert row.first == chain.base_position + 1
+    check_bases(folder, base)
     path = os.path.join(folder, row.file)
     try:
         layer = Layer.open(path)

@@ -112,7 +112,7 @@ class View:
         start, was_data = 0, False
         for block in range(0, self.block_count, WINDOW_BLOCKS):
             count = min(WINDOW_BLOCKS, self.block_count - block)
-            is_data = self._has_data(block, count)
+            is_data = self.has_data(block, count)
             changes = np.flatnonzero(np.diff(is_data)) + 1
             for at in (0, *changes.tolist()):
                 if bool(is_data[at]) != was_data:
@@ -169,7 +169,8 @@ class View:
             elif layer == LAYER_BASE and self._base is not None:
                 self._base.read_into(block + first, part)
 
-    def _has_data(self, block: int, count: int) -> npt.NDArray[np.bool_]:
+    def has_data(self, block: int, count: int) -> npt.NDArray[np.bool_]:
+        """Which of ``count`` blocks must be read to be known: all but proven holes."""
         digests = np.frombuffer(self.block_digests(block, count), np.uint64).reshape(-1, 2)
         has_data: npt.NDArray[np.bool_] = (digests != 0).any(axis=1)
         if self._base is not None:

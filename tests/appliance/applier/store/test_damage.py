@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from appliance.applier.scrub import Scrub
 from appliance.applier.store import MachineStore, RottenBlockError
 from appliance.applier.store.layer_format import HEADER_BYTES
 from replication.bookmark import Bookmark, Consistency, Stamp
@@ -117,6 +118,41 @@ def assert_refused_everywhere(store: MachineStore, blocks: set[int]) -> None:
         for block in blocks:
             with pytest.raises(RottenBlockError):
                 view.read(block * BLOCK, BLOCK)
+
+
+@pytest.mark.parametrize("name", ["base.img", "base.digest"])
+def test_a_lost_file_of_the_base_is_refused_and_never_made_anew(
+    machine: RecordedMachine, name: str
+) -> None:
+    with machine.open() as store:
+        store.fold_to(4)
+        path = Path(store.folder, "disks/0", name)
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(IntegrityError, match=name):
+            store.open_view(5, 0)
+        with pytest.raises(IntegrityError, match=name):
+            store.fold_to(5)
+        assert store.chain().folding_to is None
+        assert [damage.file for damage in store.verify()] == [f"disks/0/{name}"]
+        path.write_bytes(content)
+        store.fold_to(5)
+        assert_equals_images(store, machine)
+
+
+@pytest.mark.parametrize("name", ["base.img", "base.digest"])
+def test_the_scrub_finds_every_block_of_a_base_file_that_is_empty(
+    machine: RecordedMachine, name: str
+) -> None:
+    with machine.open() as store:
+        store.fold_to(5)
+        os.truncate(Path(store.folder, "disks/0", name), 0)
+        scrub, found = Scrub(), set()
+        for _ in range(2):  # it begins anywhere
+            _, findings = scrub.run(store, 1 << 30)
+            found |= {finding.run.block for finding in findings}
+        image = machine.images[5][0]
+        assert found == {n for n in range(40) if any(image[n * BLOCK : (n + 1) * BLOCK])}
 
 
 def test_data_in_a_hole_of_the_base_is_found(machine: RecordedMachine) -> None:
