@@ -13,6 +13,7 @@ import os
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -257,7 +258,7 @@ def file_writer(folders: list[Path]) -> Callable[[int], None]:
             os.pwrite(fd, record, number % RECORDS * RECORD_BYTES)
             os.fdatasync(fd)
 
-    return step
+    return _closing(step, fds)
 
 
 def last_record(path: Path) -> int:
@@ -332,6 +333,13 @@ def raw_writer(disk: LoopDisk, first: int, count: int = 2) -> Callable[[int], No
             os.pwrite(fd, page, block * BLOCK_BYTES)
         time.sleep(0.0005)
 
+    return _closing(step, [fd])
+
+
+def _closing(step: Callable[[int], None], fds: Sequence[int]) -> Callable[[int], None]:
+    """Close the files with the last user of ``step``: open ones keep mounts and loop devices."""
+    for fd in fds:
+        weakref.finalize(step, os.close, fd)
     return step
 
 
