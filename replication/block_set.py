@@ -10,6 +10,7 @@ Source: FORMAT.md §2.
 from __future__ import annotations
 
 import struct
+from itertools import islice
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -175,15 +176,22 @@ class BlockSet:
             lasts = blocks[np.concatenate((breaks, [len(blocks) - 1]))]
             yield from zip(firsts.tolist(), (lasts - firsts + 1).tolist(), strict=True)
 
-    def first(self, count: int) -> BlockSet:
-        """The ``count`` lowest blocks of the set, or all of them."""
+    def first(self, count: int, runs_max: int | None = None) -> BlockSet:
+        """The ``count`` lowest blocks of the set or all of them, in at most ``runs_max`` runs."""
         made = BlockSet(self.block_count)
-        for block, run_count in self.runs():
+        for block, run_count in islice(self.runs(), runs_max):
             if count <= 0:
                 break
             made.add_run(block, min(run_count, count))
             count -= run_count
         return made
+
+    def run_count(self) -> int:
+        """How many runs of neighbouring blocks there are (not cut at windows, as ``runs`` does)."""
+        words = self._bits.view(np.uint64)
+        before = np.zeros_like(words)
+        before[1:] = words[:-1] >> np.uint64(63)
+        return int(np.bitwise_count(words & ~(words << np.uint64(1) | before)).sum())
 
     def to_bitmap(self) -> bytes:
         """The set in the kernel's layout, whole 64-bit words."""

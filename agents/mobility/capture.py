@@ -38,6 +38,10 @@ from replication.manifest import AuditDigest
 SCAN_ROUNDS_MAX = 2
 """A scan reads whole disks: few rounds."""
 
+CHANGESET_RUNS_MAX = 1 << 18
+"""Runs of a part of a backlog: with the zeros between its data it stays below the million extents
+that an applier takes in one changeset."""
+
 SPARSE_LOOK_BYTES_MIN = 64 << 20
 """From this much on it pays to ask which blocks are holes before reading."""
 
@@ -289,13 +293,19 @@ class Capture:
             return None
         allocated = {disk.index: disk.allocated() for disk in self.disks}
         data = {disk: blocks & allocated[disk] for disk, blocks in self.state.todo.items()}
-        if size_of(data) <= budget:
+        holes = {disk: blocks - allocated[disk] for disk, blocks in self.state.todo.items()}
+        runs = sum(blocks.run_count() for blocks in (*data.values(), *holes.values()))
+        if size_of(data) <= budget and runs <= CHANGESET_RUNS_MAX:
             return None
         part: BlockSets = {}
+        runs_left = CHANGESET_RUNS_MAX
         for disk in self.disks:
-            taken = data[disk.index].first(budget // BLOCK_BYTES)
+            taken = data[disk.index].first(budget // BLOCK_BYTES, runs_left)
             budget -= len(taken) * BLOCK_BYTES
-            part[disk.index] = taken | (self.state.todo[disk.index] - allocated[disk.index])
+            runs_left -= taken.run_count()
+            empty = holes[disk.index].first(disk.block_count, runs_left)
+            runs_left -= empty.run_count()
+            part[disk.index] = taken | empty
         self._send_live(part, allocated)
         return part
 

@@ -209,3 +209,18 @@ def test_small_record_that_declares_a_huge_disk_takes_no_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+@quick
+@given(sets(), st.integers(0, 700), st.integers(0, 20))
+def test_first_blocks_are_the_lowest_in_so_many_runs(
+    pair: tuple[BlockSet, set[int]], count: int, runs_max: int
+) -> None:
+    made, model = pair
+    runs = list(made.runs())
+    assert made.run_count() == len(runs)
+    assert blocks_of(made.first(count)) == set(sorted(model)[:count])
+    taken = made.first(count, runs_max)
+    within = [block for first, size in runs[:runs_max] for block in range(first, first + size)]
+    assert blocks_of(taken) == set(within[:count])
+    assert taken.run_count() <= runs_max
