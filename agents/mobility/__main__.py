@@ -19,7 +19,8 @@ from agents.mobility.source import SourceDisk
 from agents.mobility.stream_client import StreamClient
 from agents.mobility.stream_state import StreamStateFile
 from agents.mobility.tracker import Tracker, reason_untrackable
-from agents.mobility.tracker.ebpf import EbpfTracker, remove_machine
+from agents.mobility.tracker.ebpf import EbpfTracker
+from agents.mobility.tracker.pins import remove_machine
 from agents.mobility.tracker.scan import ScanTracker
 from daemon.durable import make_folder
 from daemon.service import Service, fail, run_daemon

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from agents.mobility.tracker.ebpf import remove_machine
+from agents.mobility.tracker.pins import remove_machine
 from appliance.cli.authority import Authority, create_data_key
 from deploy.lab.layout import Layout, machine_id
 from deploy.lab.process import Background

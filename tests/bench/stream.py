@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from agents.mobility.config import SendConfig
-from agents.mobility.tracker.ebpf import remove_machine
+from agents.mobility.tracker.pins import remove_machine
 from appliance.cli.authority import Authority
 from appliance.process_server.order import Position
 from appliance.process_server.spool import Ledger, Spool

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agents.mobility.freeze import thaw_all
-from agents.mobility.tracker.ebpf import remove_machine
+from agents.mobility.tracker.pins import remove_machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from agents.mobility.tracker.ebpf import remove_machine
+from agents.mobility.tracker.pins import remove_machine
 from appliance.applier.store import Point, ReaderStore, open_reader
 from appliance.cli.authority import Authority, create_data_key
 from replication.errors import ConfigError

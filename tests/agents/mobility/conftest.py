@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 
 from agents.mobility.device import Device
-from agents.mobility.tracker.ebpf import remove_machine
+from agents.mobility.tracker.pins import remove_machine
 from replication.block_set import BLOCK_BYTES
 
 if TYPE_CHECKING:

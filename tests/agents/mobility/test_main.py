@@ -16,7 +16,8 @@ import pytest
 from agents.mobility.device import Device
 from agents.mobility.freezer import FIFREEZE, FITHAW
 from agents.mobility.stream_state import StreamStateFile
-from agents.mobility.tracker.ebpf import ROOT, EbpfTracker
+from agents.mobility.tracker.ebpf import EbpfTracker
+from agents.mobility.tracker.pins import ROOT
 from replication.block_set import BLOCK_BYTES, BlockSet
 from tests.agents.mobility.conftest import LoopDisk, MakeLoopDisk, OpenDevice
 from tests.agents.mobility.script_server import Authority

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from agents.mobility.tracker import ebpf, libbpf, reason_untrackable
-from agents.mobility.tracker.ebpf import EbpfTracker, remove_machine
+from agents.mobility.tracker import libbpf, pins, reason_untrackable
+from agents.mobility.tracker.ebpf import EbpfTracker
+from agents.mobility.tracker.pins import remove_machine
 from replication.block_set import BLOCK_BYTES, BlockSet
 from replication.errors import TrackingError
 
@@ -315,9 +316,9 @@ def test_two_disks_are_apart_and_swap_in_parallel(
 
 def test_remove_leaves_nothing(machine: uuid.UUID, disk: LoopDisk, open_device: OpenDevice) -> None:
     tracker = EbpfTracker.attach(machine, 0, open_device(disk.path))
-    assert os.path.isdir(f"{ebpf.ROOT}/{machine}")
+    assert os.path.isdir(f"{pins.ROOT}/{machine}")
     tracker.remove()
-    assert not os.path.exists(f"{ebpf.ROOT}/{machine}")
+    assert not os.path.exists(f"{pins.ROOT}/{machine}")
     remove_machine(machine)  # fine when there is nothing
 
 
@@ -330,13 +331,13 @@ def test_half_made_pins_are_made_anew(
     tracker.swap()
     tracker.forget()
     tracker.close()
-    os.unlink(f"{ebpf.ROOT}/{machine}/{missing}")
+    os.unlink(f"{pins.ROOT}/{machine}/{missing}")
     again = EbpfTracker.attach(machine, 0, device)
     assert again.fresh
     disk.write([9])
     assert again.swap() == set_of(device.block_count, [9])
     again.remove()
-    assert not os.path.exists(f"{ebpf.ROOT}/{machine}")
+    assert not os.path.exists(f"{pins.ROOT}/{machine}")
 
 
 def test_pins_that_are_not_yet_named_in_disks_are_made_anew(
@@ -344,7 +345,7 @@ def test_pins_that_are_not_yet_named_in_disks_are_made_anew(
 ) -> None:
     device = open_device(disk.path)
     EbpfTracker.attach(machine, 0, device).close()
-    disks = libbpf.pinned(f"{ebpf.ROOT}/{machine}/disks")
+    disks = libbpf.pinned(f"{pins.ROOT}/{machine}/disks")
     try:
         libbpf.delete(disks, device.dev)
         assert libbpf.keys(disks) == []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from agents.mobility.tracker import ebpf
+from agents.mobility.tracker import pins
 from agents.mobility.tracker.ebpf import EbpfTracker
 from replication.block_set import BlockSet
 from tests.agents.mobility.tracker import swap_until_killed
@@ -129,7 +129,7 @@ def test_a_kill_during_attach_leaves_what_the_next_attach_mends(
     for kill in range(8):
         process = start(machine, disk, tmp_path / f"found{kill}")
         try:
-            folder = f"{ebpf.ROOT}/{machine}"
+            folder = f"{pins.ROOT}/{machine}"
             limit = time.monotonic() + 30
             while not os.path.exists(folder) and time.monotonic() < limit:
                 time.sleep(0.0005)
@@ -140,7 +140,7 @@ def test_a_kill_during_attach_leaves_what_the_next_attach_mends(
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
-        whole = set(os.listdir(folder)) >= set(ebpf.MACHINE_PINS)
+        whole = set(os.listdir(folder)) >= set(pins.MACHINE_PINS)
         disk.write([kill])
         tracker = EbpfTracker.attach(machine, 0, device)
         assert tracker.fresh or whole
