@@ -14,7 +14,7 @@ from deploy.lab.stack import Stack, only_one
 from deploy.lab.story import Story
 from replication.errors import ReplicationError, StorageError
 
-LOAD_SECONDS_DEFAULT = 30.0
+LOAD_SECONDS_DEFAULT = 15.0
 PIPE_WIDTH = 120
 
 
