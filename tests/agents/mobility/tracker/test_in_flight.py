@@ -52,7 +52,11 @@ class StalledStore:
     def close(self) -> None:
         self.go_on()
         os.close(self._fd)
-        subprocess.run(["umount", str(self.folder)], check=True)
+        # The kernel lets go of a detached loop device's image when its last opener does.
+        deadline = time.monotonic() + 10
+        while subprocess.run(["umount", str(self.folder)], check=False).returncode:
+            assert time.monotonic() < deadline, f"{self.folder} stays busy"
+            time.sleep(0.1)
 
 
 @pytest.fixture
