@@ -1,0 +1,1 @@
+"""The config server: enrolment, discovery, policies, protection, watching; one REST API."""

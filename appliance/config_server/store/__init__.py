@@ -1,0 +1,1 @@
+"""The config server's memory: tables, engine, migrations."""

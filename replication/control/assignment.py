@@ -1,0 +1,103 @@
+"""What the config server wants of a node: the whole of it, with a version that only grows.
+
+A node keeps the newest one on its disk and follows it when the config server is away.
+
+Source: docs/CONTROL.md §4.
+"""
+
+import uuid
+from typing import Annotated
+
+from pydantic import Field
+
+from replication.bookmark import DiskShape
+from replication.control.message import Message
+
+MACHINE_COUNT_MAX = 1024
+REVOKED_COUNT_MAX = 65536
+
+
+class AssignedDisk(Message):
+    """A disk to replicate: its number in the stream, where it is, how large it was when chosen."""
+
+    index: Annotated[int, Field(ge=0)]
+    device: str
+    name: str
+    size_bytes: Annotated[int, Field(ge=0)]
+
+    def shape(self) -> DiskShape:
+        return DiskShape(self.index, self.name, self.size_bytes)
+
+
+class ResyncOrder(Message):
+    """Leave to compare and send what differs.
+
+    request: counts the resyncs that people ask for; one higher than the last the agent carried out
+             means: do one now. 0: none was ever asked for.
+    allowed: a resync that the agent itself found necessary may begin (the window is open).
+    """
+
+    request: Annotated[int, Field(ge=0)] = 0
+    allowed: bool = True
+
+
+class MachineAssignment(Message):
+    """For a mobility agent.
+
+    replicate:      False: nothing is sent; tracking ends when the machine is not protected.
+    protected:      False: forget stream and trackers.
+    process_server: https URL.
+    app_interval_seconds: between app-consistent points; 0: none.
+    """
+
+    version: int
+    machine: uuid.UUID
+    name: str
+    protected: bool = False
+    replicate: bool = False
+    process_server: str = ""
+    disks: tuple[AssignedDisk, ...] = ()
+    interval_seconds: float = 5.0
+    app_interval_seconds: float = 0.0
+    resync: ResyncOrder = ResyncOrder()
+
+
+class ProcessServerAssignment(Message):
+    """For a process server: whose streams it takes, and which certificates are good no more.
+
+    revoked: serial numbers in hexadecimal, of certificates that have not yet ended by themselves.
+    """
+
+    version: int
+    machines: Annotated[tuple[uuid.UUID, ...], Field(max_length=MACHINE_COUNT_MAX)] = ()
+    revoked: Annotated[tuple[str, ...], Field(max_length=REVOKED_COUNT_MAX)] = ()
+
+
+class AppliedMachine(Message):
+    """A machine whose changesets an applier applies, and how long it keeps its points.
+
+    keep: False: its points stay as they are, nothing new is applied (protection has ended, its
+          points are kept). A machine that is not listed any more is removed with its points.
+    """
+
+    id: uuid.UUID
+    name: str
+    keep: bool = True
+    apply: bool = True
+    retention_seconds: Annotated[int, Field(ge=0)] = 86400
+    crash_frequency_seconds: Annotated[int, Field(ge=0)] = 300
+
+
+class ApplierAssignment(Message):
+    """For an applier.
+
+    removed: machines whose points are to be deleted. Only these: a machine that merely is not in
+             ``machines`` is left alone, so that a wrong answer never deletes anything.
+    """
+
+    version: int
+    machines: Annotated[tuple[AppliedMachine, ...], Field(max_length=MACHINE_COUNT_MAX)] = ()
+    removed: Annotated[tuple[uuid.UUID, ...], Field(max_length=MACHINE_COUNT_MAX)] = ()
+
+
+Assignment = MachineAssignment | ProcessServerAssignment | ApplierAssignment

@@ -1,0 +1,117 @@
+"""Enrolment: both sides prove that they know the passphrase; nobody sends it.
+
+The node asks for a challenge; the server's answer carries its CA and proves it; the node makes a
+key and a signing request, and proves that. Both proofs are HMAC-SHA256 under a key that scrypt
+derives from the passphrase; each names its direction and binds both nonces, so that neither can be
+played back.
+
+Source: docs/CONTROL.md §3; RFC 2104 (HMAC), RFC 7914 (scrypt), RFC 2986 (signing request).
+"""
+
+import hashlib
+import hmac
+import uuid
+from typing import Annotated
+
+from pydantic import Field
+
+from replication.control.message import Message
+from replication.control.role import NodeRole
+
+NONCE_BYTES = 32
+SALT_BYTES = 16
+PROOF_BYTES = 32
+SCRYPT_COST = 1 << 14
+SCRYPT_BLOCK = 8
+SCRYPT_LANES = 1
+PEM_CHARS_MAX = 16 << 10
+
+Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Proof = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Salt = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Pem = Annotated[str, Field(max_length=PEM_CHARS_MAX)]
+Name = Annotated[str, Field(min_length=1, max_length=255)]
+
+
+class ChallengeRequest(Message):
+    """``POST /api/v1/enrolment/challenges``."""
+
+    client_nonce: Nonce
+
+
+class Challenge(Message):
+    """Its answer. Good for one use within a minute."""
+
+    challenge: uuid.UUID
+    server_nonce: Nonce
+    salt: Salt
+    ca_pem: Pem
+    proof: Proof
+
+
+class CertificateRequest(Message):
+    """``POST /api/v1/enrolment/certificates``.
+
+    node:      chosen by the node once and kept; a machine's is its id in the stream.
+    names:     DNS names and addresses that a process server is reached under.
+    bios_uuid: by which a machine is matched to a discovered VM.
+    """
+
+    challenge: uuid.UUID
+    role: NodeRole
+    node: uuid.UUID
+    name: Name
+    names: Annotated[tuple[Name, ...], Field(max_length=32)] = ()
+    bios_uuid: uuid.UUID | None = None
+    csr_pem: Pem
+    proof: Proof
+
+
+class Enrolled(Message):
+    """A certificate; the answer to enrolment and to renewal."""
+
+    node: uuid.UUID
+    certificate_pem: Pem
+    ca_pem: Pem
+
+
+class RenewalRequest(Message):
+    """``POST /api/v1/node/certificate``, under the certificate that is to be renewed."""
+
+    csr_pem: Pem
+
+
+def derive_key(passphrase: str, salt: bytes) -> bytes:
+    """The key of both proofs: 32 bytes. Takes some 50 ms on purpose."""
+    return hashlib.scrypt(
+        passphrase.strip().encode(),
+        salt=salt,
+        n=SCRYPT_COST,
+        r=SCRYPT_BLOCK,
+        p=SCRYPT_LANES,
+        dklen=32,
+    )
+
+
+def server_proof(key: bytes, client_nonce: bytes, server_nonce: bytes, ca_der: bytes) -> bytes:
+    """That the CA is the one of whoever knows the passphrase."""
+    return _proof(key, b"server", client_nonce, server_nonce, ca_der)
+
+
+def client_proof(
+    key: bytes,
+    client_nonce: bytes,
+    server_nonce: bytes,
+    csr_der: bytes,
+    request: CertificateRequest,
+) -> bytes:
+    """That the signing request, and what is claimed beside it, comes from who knows it."""
+    claims = request.model_copy(update={"proof": "", "csr_pem": ""}).model_dump_json().encode()
+    return _proof(key, b"client", client_nonce, server_nonce, csr_der, claims)
+
+
+def _proof(key: bytes, *parts: bytes) -> bytes:
+    digest = hmac.new(key, digestmod=hashlib.sha256)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
