@@ -23,6 +23,7 @@ from agents.mobility.tracker.ebpf import EbpfTracker
 from agents.mobility.tracker.pins import remove_machine
 from agents.mobility.tracker.scan import ScanTracker
 from daemon.durable import make_folder
+from daemon.heap import bound_heap
 from daemon.service import Service, fail, run_daemon
 from replication.errors import ConfigError, ReplicationError, TrackingError
 
@@ -59,6 +60,7 @@ def main() -> int:
             return 0
     except ReplicationError as error:
         return fail(error)
+    bound_heap()
     return run_daemon("agent", config.service, lambda service: serve(config, service))
 
 

@@ -14,10 +14,10 @@ from appliance.applier.config import ApplierConfig
 from appliance.applier.fetch import ByteWindow
 from appliance.applier.lease import lease_owner
 from appliance.applier.machine import MachineApplier, Shared
-from appliance.applier.memory import bound_memory
 from appliance.applier.metrics import ApplierMetrics
 from appliance.applier.points_server import serve_points_apart
 from daemon.durable import make_folder, storage_error, write_whole
+from daemon.heap import bound_heap
 from daemon.service import Service, fail, run_daemon
 from replication.errors import ConfigError, ReplicationError, StorageError, UnavailableError
 
@@ -32,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="understudy-applier", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE.toml")
     arguments = parser.parse_args()
-    bound_memory()
+    bound_heap()
     try:
         config = ApplierConfig.load(arguments.config)
     except ReplicationError as error:

@@ -7,7 +7,6 @@ import sys
 from appliance.process_server.cache_account import CacheAccount, open_cache_account
 from appliance.process_server.config import Config
 from appliance.process_server.disk_threads import DiskThreads
-from appliance.process_server.heap import bound_heap
 from appliance.process_server.listener import listen
 from appliance.process_server.measures import Measures
 from appliance.process_server.persistence import Persistence
@@ -19,10 +18,13 @@ from appliance.process_server.streams import Streams
 from appliance.process_server.upload_budget import UploadBudget
 from appliance.process_server.uploader import Uploader
 from appliance.process_server.watcher import Watcher
+from daemon.heap import bound_heap
 from daemon.service import Health, Service, fail, run_daemon
 from replication.errors import IntegrityError, ReplicationError
 
 GAUGE_SECONDS = 0.5
+HEAP_MAPPED_BYTES_MIN = 2 << 20
+"""Bodies arrive in pieces of up to this size."""
 CONNECTIONS_BESIDE_UPLOADS = 16
 """For watermarks, listings and wake-ups, which must not wait for uploads."""
 
@@ -113,7 +115,7 @@ def main() -> int:
         config = Config.load(arguments.config)
     except ReplicationError as error:
         return fail(error)
-    bound_heap()
+    bound_heap(HEAP_MAPPED_BYTES_MIN)
     return run_daemon("process-server", config.service, lambda service: serve(service, config))
 
 
