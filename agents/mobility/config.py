@@ -55,7 +55,7 @@ class CaptureConfig(Section):
     freeze_bytes_max: int = Field(default=32 << 20, ge=1 << 20, le=256 << 20)
     rounds_max: int = Field(default=6, ge=1, le=100)
     freeze_seconds_max: float = Field(default=2.0, gt=0, le=60)
-    changeset_bytes_max: int = Field(default=1 << 30, ge=16 << 20, le=1 << 34)
+    changeset_bytes_max: int = Field(default=256 << 20, ge=16 << 20, le=1 << 34)
     audit_chunks: int = Field(default=8, ge=0, le=1024)
     raw_capture: Literal["quiet", "reflink"] = "quiet"
 
