@@ -124,7 +124,13 @@ class AuditEntry(Base):
 
 
 class VCenter(Base):
-    """A vCenter to discover. The password is sealed by the vault key."""
+    """A vCenter to discover. The password is sealed by the vault key.
+
+    verify:   how its certificate is checked: against ``ca_pem`` as ``ca`` or as the very
+              certificate (``pinned``); ``none``: not at all, as the operator said.
+    reader:   the instance that reads it, until ``reader_until_ns`` or longer if it renews that.
+    revision: counts changes by people; whoever read with an older one stops.
+    """
 
     __tablename__ = "vcenters"
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -133,11 +139,15 @@ class VCenter(Base):
     username: Mapped[str] = mapped_column(String(_NAME))
     password: Mapped[bytes] = mapped_column(LargeBinary)
     ca_pem: Mapped[str] = mapped_column(Text)
+    verify: Mapped[str] = mapped_column(String(_CODE), default="ca")
     instance_uuid: Mapped[str] = mapped_column(String(_NAME), default="")
     added_ns: Mapped[int]
     state: Mapped[str] = mapped_column(String(_CODE))
     reason: Mapped[str] = mapped_column(Text, default="")
     seen_ns: Mapped[int] = mapped_column(default=0)
+    reader: Mapped[str] = mapped_column(String(_CODE), default="")
+    reader_until_ns: Mapped[int] = mapped_column(default=0)
+    revision: Mapped[int] = mapped_column(default=1)
 
 
 class VirtualMachine(Base):
@@ -149,7 +159,8 @@ class VirtualMachine(Base):
     vcenter_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("vcenters.id"), index=True)
     moid: Mapped[str] = mapped_column(String(_CODE))
     name: Mapped[str] = mapped_column(String(_NAME), index=True)
-    folder: Mapped[str] = mapped_column(String(_NAME), default="")
+    folder: Mapped[str] = mapped_column(Text, default="")
+    host: Mapped[str] = mapped_column(String(_NAME), default="")
     bios_uuid: Mapped[uuid.UUID | None] = mapped_column(index=True)
     power: Mapped[str] = mapped_column(String(_CODE))
     guest_system: Mapped[str] = mapped_column(String(_NAME), default="")
