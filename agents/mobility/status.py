@@ -7,17 +7,18 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from agents.mobility.config import AgentConfig
 from agents.mobility.frame_builder import SegmentBuilder
 from agents.mobility.source import SourceDisk
-from agents.mobility.stream_state import StreamStateFile
+from agents.mobility.stream_state import StreamStateFile, size_of
 from daemon.durable import storage_error
 from replication.block_set import BLOCK_BYTES
-from replication.bookmark import Stamp
+from replication.bookmark import Consistency, Stamp
+from replication.control.report import Phase, ResyncCause
 from replication.manifest import Manifest
 from replication.stream import StreamState
 
@@ -57,17 +58,29 @@ class ChangesetRecord:
 
 @dataclass(slots=True)
 class AgentStatus:
-    """The newest news; ``write`` after each change."""
+    """The newest news; ``write`` after each change.
+
+    generation, number:      of the newest changeset that was acknowledged.
+    phase, cause, reason:    where replication is; ``enter`` moves it and tells ``on_phase``.
+    done_bytes, total_bytes: of initial replication or resync; 0 of 0 when there is none.
+    resync_request:          the newest order to resync that was carried out.
+    pauses, pause_seconds:   freezes since the start, and how long they lasted together.
+    """
 
     path: str
     machine: str
     name: str
     tracker: str
     disks: list[dict[str, Any]]
+    phase: Phase = Phase.IDLE
+    cause: ResyncCause | None = None
+    reason: str = ""
     state: str = "starting"
     trouble: str = ""
     under_way: str = ""
     todo_bytes: int = 0
+    generation: int = 0
+    number: int = 0
     committed: str = ""
     applied: str = ""
     durable_ns: int = 0
@@ -76,7 +89,15 @@ class AgentStatus:
     unapplied_count: int = 0
     changed_bytes: int = 0
     sent_bytes: int = 0
+    done_bytes: int = 0
+    total_bytes: int = 0
+    resync_request: int = 0
+    consistency: str = ""
+    app_consistent_ns: int = 0
+    pauses: int = 0
+    pause_seconds: float = 0.0
     under_way_bytes: int = 0
+    on_phase: Callable[[], None] | None = None
     builder: SegmentBuilder | None = None
     records: deque[ChangesetRecord] = field(default_factory=lambda: deque(maxlen=RECORDS_MAX))
 
@@ -90,9 +111,15 @@ class AgentStatus:
             disks=[asdict(disk.shape) for disk in disks],
         )
 
-    def tell(self, state: str, trouble: str = "") -> None:
-        self.state, self.trouble = state, trouble
-        self.write()
+    def enter(self, phase: Phase, *, cause: ResyncCause | None = None, reason: str = "") -> None:
+        """Replication is in ``phase`` from now on; whoever listens is told of a change."""
+        before = (self.phase, self.cause, self.reason)
+        self.phase, self.cause, self.reason = phase, cause, reason
+        self.state = phase.value
+        if phase in (Phase.IDLE, Phase.REPLICATING):
+            self.done_bytes = self.total_bytes = 0
+        if (phase, cause, reason) != before and self.on_phase is not None:
+            self.on_phase()
 
     def begin(self, stamp: Stamp, todo_bytes: int) -> None:
         self.under_way, self.todo_bytes = str(stamp), todo_bytes
@@ -105,11 +132,22 @@ class AgentStatus:
         self.todo_bytes = record.left_bytes
         self.changed_bytes += record.changed_bytes
         self.sent_bytes += record.sent_bytes
+        self.consistency = record.consistency
+        if record.consistency == Consistency.APP.value:
+            self.app_consistent_ns = record.time_ns
+        if record.pause_seconds:
+            self.pauses += 1
+            self.pause_seconds += record.pause_seconds
         self.write()
 
     def learn(self, stream: StreamState, state: StreamStateFile) -> None:
         position = state.position
-        self.state = "replicating" if position.seeded else "initial replication"
+        if self.phase not in (Phase.RESYNC_REQUIRED, Phase.RESYNCHRONISING):
+            self.enter(Phase.REPLICATING if position.seeded else Phase.INITIAL)
+        if self.phase is Phase.INITIAL:
+            self.total_bytes = sum(disk["size_bytes"] for disk in self.disks)
+            self.done_bytes = max(0, self.total_bytes - size_of(state.todo))
+        self.generation, self.number = position.generation, position.committed
         self.committed = str(Stamp(position.generation, position.committed))
         self.applied = str(stream.watermark.applied)
         self.durable_ns = stream.durable_ns
@@ -122,7 +160,9 @@ class AgentStatus:
         builder = self.builder
         self.under_way_bytes = builder.changed_blocks * BLOCK_BYTES if builder else 0
         tree = {
-            name: getattr(self, name) for name in self.__slots__ if name not in ("path", "builder")
+            name: getattr(self, name)
+            for name in self.__slots__
+            if name not in ("path", "builder", "on_phase")
         }
         tree["records"] = [asdict(record) for record in self.records]
         tree["pid"] = os.getpid()
