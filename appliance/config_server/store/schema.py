@@ -196,6 +196,9 @@ class Machine(Base):
     state:    of the table in protection/table.py.
     revision: counts changes; who writes says which one it saw.
     job_id:   the job that is at work on it, none when there is none.
+    points:   ``kept`` as long as its applier has or may have points of it, ``removing`` when the
+              applier is told to delete them (`removed`), empty when there are none.
+    resync_in_window: a resync that the config server orders by itself when the window opens.
     """
 
     __tablename__ = "machines"
@@ -210,7 +213,9 @@ class Machine(Base):
     cause: Mapped[str] = mapped_column(String(_CODE), default="")
     reason: Mapped[str] = mapped_column(Text, default="")
     job_id: Mapped[str | None] = mapped_column(String(_CODE))
+    points: Mapped[str] = mapped_column(String(_CODE), default="")
     resync_request: Mapped[int] = mapped_column(default=0)
+    resync_in_window: Mapped[bool] = mapped_column(default=False)
     revision: Mapped[int] = mapped_column(default=1)
 
 
@@ -228,7 +233,11 @@ class ProtectedDisk(Base):
 
 
 class Job(Base):
-    """A durable workflow as people see it; ``id`` is the workflow's."""
+    """A durable workflow as people see it; ``id`` is the workflow's.
+
+    request:  what was asked for, as its kind needs it.
+    instance: the config server that works on it, for people to see.
+    """
 
     __tablename__ = "jobs"
     id: Mapped[str] = mapped_column(String(_CODE), primary_key=True)
@@ -236,6 +245,9 @@ class Job(Base):
     target_id: Mapped[uuid.UUID | None] = mapped_column(index=True)
     target: Mapped[str] = mapped_column(String(_NAME))
     state: Mapped[str] = mapped_column(String(_CODE), index=True)
+    request: Mapped[dict[str, Any]]
+    instance: Mapped[str] = mapped_column(String(_CODE), default="")
+    cancel_asked: Mapped[bool] = mapped_column(default=False)
     steps: Mapped[list[Any]]
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     asked_by: Mapped[str] = mapped_column(String(_NAME))
