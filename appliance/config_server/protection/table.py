@@ -1,0 +1,193 @@
+"""A machine's protection as a table: state x event -> state and commands.
+
+A pair that is not in the table is a conflict that names the state and says why. The new state is
+written before a command runs; commands can be repeated. Failover adds states and rows of its own.
+
+Source: docs/CONTROL.md §9.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+
+from replication.errors import ReplicationError
+
+
+class IllegalTransitionError(ReplicationError):
+    """What was asked for cannot happen to a machine in this state; nothing was changed."""
+
+    code = "conflict"
+
+
+class State(StrEnum):
+    """Where a machine's protection is.
+
+    UNPROTECTED:         nothing is replicated; points may be kept from before.
+    ENABLING:            a job makes its key and tells the nodes.
+    INITIAL_REPLICATION: everything is being sent; there is no point to restore yet.
+    PROTECTED:           points are made.
+    RESYNC_REQUIRED:     changes no longer join on; old points stay, new ones are not made.
+    RESYNCHRONISING:     both sides are compared, and what differs is sent.
+    DISABLING:           a job ends the replication.
+    """
+
+    UNPROTECTED = "unprotected"
+    ENABLING = "enabling"
+    INITIAL_REPLICATION = "initial-replication"
+    PROTECTED = "protected"
+    RESYNC_REQUIRED = "resync-required"
+    RESYNCHRONISING = "resynchronising"
+    DISABLING = "disabling"
+
+
+class Event(StrEnum):
+    """What happens to a machine: people ask (`…-asked`), jobs end, nodes report."""
+
+    PROTECT_ASKED = "protect-asked"
+    ENABLED = "enabled"
+    ENABLE_FAILED = "enable-failed"
+    FIRST_POINT = "first-point"
+    RESYNC_ASKED = "resync-asked"
+    RESYNC_REQUIRED = "resync-required"
+    RESYNC_BEGUN = "resync-begun"
+    RESYNC_DONE = "resync-done"
+    DISK_ADDED = "disk-added"
+    DISK_EXCLUDED = "disk-excluded"
+    UNPROTECT_ASKED = "unprotect-asked"
+    DISABLED = "disabled"
+    DISABLE_FAILED = "disable-failed"
+    POINTS_REMOVAL_ASKED = "points-removal-asked"
+    AGENT_LOST = "agent-lost"
+    AGENT_FOUND = "agent-found"
+
+
+class Command(StrEnum):
+    """What follows a change. START_JOB: by the job that was written with the new state; the others
+    count up the version of a node's assignment, in the transaction that writes the state.
+    """
+
+    START_JOB = "start-job"
+    TELL_AGENT = "tell-agent"
+    TELL_PROCESS_SERVER = "tell-process-server"
+    TELL_APPLIER = "tell-applier"
+
+
+Outcome = tuple[State, tuple[Command, ...]]
+
+REPLICATING = frozenset(
+    {
+        State.ENABLING,
+        State.INITIAL_REPLICATION,
+        State.PROTECTED,
+        State.RESYNC_REQUIRED,
+        State.RESYNCHRONISING,
+    }
+)
+"""States in which the nodes are told to replicate the machine."""
+
+RESYNCING = frozenset({State.RESYNC_REQUIRED, State.RESYNCHRONISING})
+"""States that have a cause."""
+
+_JOB = (Command.START_JOB,)
+_ALL = (Command.TELL_AGENT, Command.TELL_PROCESS_SERVER, Command.TELL_APPLIER)
+
+
+def _stay(state: State, *events: Event) -> dict[Event, Outcome]:
+    return dict.fromkeys(events, (state, ()))
+
+
+_LOSS = (Event.AGENT_LOST, Event.AGENT_FOUND)
+"""An agent that is not heard of changes no state: it carries on by itself, and health says so."""
+
+_DISKS: dict[State, dict[Event, Outcome]] = {
+    state: {Event.DISK_ADDED: (state, _JOB), Event.DISK_EXCLUDED: (state, _JOB)}
+    for state in (State.INITIAL_REPLICATION, State.PROTECTED, State.RESYNC_REQUIRED)
+}
+
+TABLE: Mapping[State, Mapping[Event, Outcome]] = MappingProxyType(
+    {
+        State.UNPROTECTED: {
+            Event.PROTECT_ASKED: (State.ENABLING, _JOB),
+            Event.POINTS_REMOVAL_ASKED: (State.DISABLING, _JOB),
+            **_stay(State.UNPROTECTED, *_LOSS),
+        },
+        State.ENABLING: {
+            Event.ENABLED: (State.INITIAL_REPLICATION, ()),
+            Event.ENABLE_FAILED: (State.UNPROTECTED, _ALL),
+            **_stay(State.ENABLING, *_LOSS),
+        },
+        State.INITIAL_REPLICATION: {
+            Event.FIRST_POINT: (State.PROTECTED, ()),
+            Event.RESYNC_REQUIRED: (State.RESYNC_REQUIRED, ()),
+            Event.RESYNC_BEGUN: (State.RESYNCHRONISING, ()),
+            Event.UNPROTECT_ASKED: (State.DISABLING, _JOB),
+            **_DISKS[State.INITIAL_REPLICATION],
+            **_stay(State.INITIAL_REPLICATION, *_LOSS),
+        },
+        State.PROTECTED: {
+            Event.RESYNC_ASKED: (State.RESYNC_REQUIRED, _JOB),
+            Event.RESYNC_REQUIRED: (State.RESYNC_REQUIRED, ()),
+            Event.RESYNC_BEGUN: (State.RESYNCHRONISING, ()),
+            Event.UNPROTECT_ASKED: (State.DISABLING, _JOB),
+            **_DISKS[State.PROTECTED],
+            **_stay(State.PROTECTED, *_LOSS),
+        },
+        State.RESYNC_REQUIRED: {
+            Event.RESYNC_ASKED: (State.RESYNC_REQUIRED, _JOB),
+            Event.RESYNC_REQUIRED: (State.RESYNC_REQUIRED, ()),
+            Event.RESYNC_BEGUN: (State.RESYNCHRONISING, ()),
+            Event.RESYNC_DONE: (State.PROTECTED, ()),
+            Event.UNPROTECT_ASKED: (State.DISABLING, _JOB),
+            **_DISKS[State.RESYNC_REQUIRED],
+            **_stay(State.RESYNC_REQUIRED, *_LOSS),
+        },
+        State.RESYNCHRONISING: {
+            Event.RESYNC_REQUIRED: (State.RESYNC_REQUIRED, ()),
+            Event.RESYNC_DONE: (State.PROTECTED, ()),
+            Event.UNPROTECT_ASKED: (State.DISABLING, _JOB),
+            **_stay(State.RESYNCHRONISING, *_LOSS),
+        },
+        State.DISABLING: {
+            Event.UNPROTECT_ASKED: (State.DISABLING, _JOB),
+            Event.DISABLED: (State.UNPROTECTED, _ALL),
+            Event.DISABLE_FAILED: (State.DISABLING, ()),
+            **_stay(State.DISABLING, *_LOSS),
+        },
+    }
+)
+
+_ASKED = {
+    Event.PROTECT_ASKED: "protect",
+    Event.RESYNC_ASKED: "resynchronise",
+    Event.DISK_ADDED: "add a disk to",
+    Event.DISK_EXCLUDED: "exclude a disk of",
+    Event.UNPROTECT_ASKED: "unprotect",
+    Event.POINTS_REMOVAL_ASKED: "remove the points of",
+}
+"""What people ask for, as they would say it."""
+
+_WAY_OUT = {
+    State.UNPROTECTED: "protect it first",
+    State.ENABLING: "wait for the job that protects it, or cancel that job",
+    State.INITIAL_REPLICATION: "wait until the first recovery point is there",
+    State.PROTECTED: "it is protected already; unprotect it first to protect it anew",
+    State.RESYNC_REQUIRED: "let it resynchronise first",
+    State.RESYNCHRONISING: "wait until the resync under way has ended",
+    State.DISABLING: "wait for the job that unprotects it; if it failed, unprotect it again",
+}
+
+
+def step(state: State, event: Event, *, machine: str = "the machine") -> Outcome:
+    """The new state and what follows. Raises IllegalTransitionError with the state's name."""
+    outcome = TABLE[state].get(event)
+    if outcome is None:
+        what = f"{_ASKED[event]} {machine}" if event in _ASKED else f"{event} for {machine}"
+        raise IllegalTransitionError(
+            f"cannot {what}: it is {state}" if event in _ASKED else f"{what}: it is {state}",
+            hint=_WAY_OUT[state],
+        )
+    return outcome
+
+
+def allows(state: State, event: Event) -> bool:
+    return event in TABLE[state]
