@@ -19,8 +19,8 @@ from azure.storage.blob.aio import BlobServiceClient
 from azure.storage.queue.aio import QueueServiceClient
 
 from azure_emu.config import Storage
-from azure_emu.supervised import Supervised, child_environment
 from daemon.durable import make_folder, storage_error
+from daemon.supervised import Supervised, child_environment
 from replication.errors import ConfigError
 
 AZURITE_API_VERSION = "2026-06-06"

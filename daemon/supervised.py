@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import structlog
 
-from replication.errors import ConfigError, UnavailableError
+from replication.errors import ConfigError, ReplicationError, UnavailableError
 
 READY_SECONDS_MAX = 60.0
 PROBE_INTERVAL_SECONDS = 0.05
@@ -35,6 +35,8 @@ class Supervised:
 
     probe: returns True once the service answers as it should; may raise ConfigError when what
            answers is not ours. Called every 50 ms while the service comes up.
+    prepare: called before each start, also of a restart: what the child reads is written then.
+    hear:    called with each line that the child prints.
     """
 
     def __init__(
@@ -44,12 +46,17 @@ class Supervised:
         command: Sequence[str],
         environment: Mapping[str, str],
         probe: Callable[[], Awaitable[bool]],
+        *,
+        prepare: Callable[[], Awaitable[None]] | None = None,
+        hear: Callable[[str], None] | None = None,
     ) -> None:
         self.name = name
         self._address = address
         self._command = ("setpriv", "--pdeathsig", "KILL", "--", *command)
         self._environment = environment
         self._probe = probe
+        self._prepare = prepare
+        self._hear = hear
         self._process: asyncio.subprocess.Process | None = None
         self._output: deque[str] = deque(maxlen=OUTPUT_LINES_MAX)
         self._reader: asyncio.Task[None] | None = None
@@ -75,6 +82,8 @@ class Supervised:
         Raises ConfigError when its port is in use, UnavailableError when it dies or stays mute.
         """
         refuse_taken_port(self.name, self._address)
+        if self._prepare is not None:
+            await self._prepare()
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             env=self._environment,
@@ -133,7 +142,7 @@ class Supervised:
                     await self.start()
                     self.restarts += 1
                     break
-                except (UnavailableError, ConfigError) as error:
+                except ReplicationError as error:
                     failures += 1
                     _log.warning("service does not come up", service=self.name, reason=str(error))
                     await asyncio.sleep(
@@ -196,7 +205,10 @@ class Supervised:
                 continue  # a line above the limit: its beginning is dropped
             if not line:
                 return
-            self._output.append(line.decode(errors="replace").rstrip())
+            text = line.decode(errors="replace").rstrip()
+            self._output.append(text)
+            if self._hear is not None:
+                self._hear(text)
 
     async def _tell_death(self) -> NoReturn:
         if self._reader is not None:
