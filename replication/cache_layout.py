@@ -19,7 +19,9 @@ SEGMENT_PREFIX = "segment/"
 MANIFEST_PREFIX = "manifest/"
 
 _CONTAINER = re.compile(r"[0-9a-f]{32}-g([0-9]{8,10})-([0-9]{12,18})")
+_SUMS_CONTAINER = re.compile(r"[0-9a-f]{32}-s([0-9]{8,10})")
 _MANIFEST = re.compile(r"manifest/([0-9]{12,19})")
+_SEGMENT = re.compile(r"segment/([0-9]{12,19})/([0-9a-f]{32})/([0-9]{6})")
 
 
 def machine_prefix(machine: uuid.UUID) -> str:
@@ -65,6 +67,35 @@ def manifest_number(name: str) -> int | None:
         return None
     number = int(found[1])
     return number if manifest_name(number) == name else None
+
+
+def blob_number(name: str) -> int | None:
+    """The changeset number of a manifest's or a segment's blob; None for any other blob."""
+    found = _SEGMENT.fullmatch(name)
+    if not found:
+        return manifest_number(name)
+    number = int(found[1])
+    exact = segment_name(number, bytes.fromhex(found[2]), int(found[3]))
+    return number if exact == name else None
+
+
+def sums_container(machine: uuid.UUID, generation: int) -> str:
+    """The container of the sums that a resync compares with; it goes when they are not needed."""
+    return f"{machine_prefix(machine)}s{generation:08}"
+
+
+def sums_generation(name: str) -> int | None:
+    """The generation whose sums a container of this name holds; None for any other container."""
+    found = _SUMS_CONTAINER.fullmatch(name)
+    if not found:
+        return None
+    generation = int(found[1])
+    return generation if sums_container(uuid.UUID(name[:32]), generation) == name else None
+
+
+def sums_name(disk: int, level: int, part: int) -> str:
+    """The blob of one part of a disk's sums."""
+    return f"sums/{disk:02}/{level}/{part:08}"
 
 
 def watermark_name(machine: uuid.UUID) -> str:

@@ -32,6 +32,8 @@ VERSION = 1
 SEGMENT_BYTES_MAX = 32 << 20
 SEGMENT_COUNT_MAX = 8192
 AUDIT_COUNT_MAX = 4096
+BASIS_BYTES = 16
+NO_BASIS = bytes(BASIS_BYTES)
 PUBLIC_BYTES_MAX = 4 << 20
 SECRET_BYTES_MAX = 1 << 20
 MANIFEST_BYTES_MAX = 16 + PUBLIC_BYTES_MAX + SECRET_BYTES_MAX + TAG_BYTES
@@ -82,6 +84,10 @@ class Manifest:
     repaired:        the newest repair request whose blocks it carries; 0 for none.
     applied:         the newest changeset that the agent knows to be applied; number 0 for none.
     tracker:         ``ebpf`` or ``scan``.
+    resync:          it begins a resync: it holds nothing and closes the generation before; what
+                     follows counts from the state that it finds at the second site.
+    basis:           names that state in all that follow in the generation (sums.py); NO_BASIS
+                     where the generation began with all blocks.
     audit:           the audit sample; None where the sealed part was not opened.
     """
 
@@ -98,6 +104,8 @@ class Manifest:
     repaired: int = 0
     applied: Stamp = NOTHING
     tracker: str = "ebpf"
+    resync: bool = False
+    basis: bytes = NO_BASIS
     audit: tuple[AuditDigest, ...] | None = ()
 
     @property
@@ -201,6 +209,8 @@ def _public_tree(manifest: Manifest) -> dict[str, Any]:
         "applied_generation": manifest.applied.generation,
         "applied_number": manifest.applied.number,
         "tracker": manifest.tracker,
+        "resync": manifest.resync,
+        "basis": manifest.basis.hex(),
         "changed_bytes": manifest.changed_bytes,
         "disks": [
             {"disk": disk.index, "name": disk.name, "size_bytes": disk.size_bytes}
@@ -255,6 +265,8 @@ def _from_document(tree: Document) -> Manifest:
         repaired=tree.uint("repaired"),
         applied=Stamp(tree.uint("applied_generation", (1 << 32) - 1), tree.uint("applied_number")),
         tracker=tree.text("tracker", 16),
+        resync=tree.flag("resync") if "resync" in tree else False,
+        basis=tree.hex("basis", BASIS_BYTES) if "basis" in tree else NO_BASIS,
         audit=None,
     )
 
@@ -269,6 +281,20 @@ def _check(manifest: Manifest) -> None:
         raise PeerError(f"the manifest of {stamp} lists an empty segment")
     if manifest.captured_ns > manifest.bookmark.time_ns:
         raise PeerError(f"the manifest of {stamp} says that its capture began after its bookmark")
+    if manifest.resync:
+        _check_resync(manifest)
+
+
+def _check_resync(manifest: Manifest) -> None:
+    """What begins a resync promises nothing and brings nothing: the state stands as it is."""
+    if (
+        manifest.since
+        or manifest.segments
+        or not manifest.initial
+        or manifest.bookmark.consistency is not Consistency.NONE
+        or manifest.basis != NO_BASIS
+    ):
+        raise PeerError(f"the manifest of {manifest.stamp} begins a resync and is more than that")
 
 
 def _check_disks(disks: Sequence[DiskShape]) -> None:

@@ -28,6 +28,10 @@ def commit_path(machine: uuid.UUID, stamp: Stamp) -> str:
     return f"{changeset_path(machine, stamp)}/commit"
 
 
+def sums_path(machine: uuid.UUID, generation: int, disk: int, level: int, part: int) -> str:
+    return f"/v1/machines/{machine}/generations/{generation}/sums/{disk}/{level}/{part}"
+
+
 def state_path(machine: uuid.UUID) -> str:
     return f"/v1/machines/{machine}/state"
 
