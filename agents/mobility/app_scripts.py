@@ -2,6 +2,9 @@
 
 Each runs in a process group of its own, with a time limit and bounded output. What it leaves behind
 in that group is killed when it ends; what shall live on starts a session of its own (setsid).
+
+That post scripts are due is on disk before the first pre script runs: should the agent be killed in
+between, ``run_post_if_due`` makes up for them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from daemon.durable import storage_error, sync_folder, write_whole
 from replication.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +30,8 @@ TERM_SECONDS = 2.0
 """Between asking a script to end and killing it."""
 
 LINE_CHARS_MAX = 200
+
+DUE_FILE = "post.due"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,39 @@ def run_post(scripts: Sequence[str], seconds_max: float) -> ScriptReport:
     """Run all scripts in turn, whatever becomes of the ones before."""
     reasons = [reason for script in scripts if (reason := _run(script, seconds_max))]
     return ScriptReport(ok=not reasons, reason="; ".join(reasons))
+
+
+def set_post_due(folder: str) -> None:
+    """Post scripts are due from now on, durably; the agent's state lies in ``folder``."""
+    write_whole(os.path.join(folder, DUE_FILE), b"")
+
+
+def is_post_due(folder: str) -> bool:
+    return os.path.exists(os.path.join(folder, DUE_FILE))
+
+
+def clear_post_due(folder: str) -> None:
+    """The post scripts have run; fine if none were due."""
+    path = os.path.join(folder, DUE_FILE)
+    try:
+        os.unlink(path)
+        sync_folder(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise storage_error("delete", path, error) from error
+
+
+def run_post_if_due(folder: str, scripts: Sequence[str], seconds_max: float) -> ScriptReport | None:
+    """Run the post scripts that an agent which was killed owes; None when none are due.
+
+    Killed in turn, it leaves them due: so they may run twice.
+    """
+    if not is_post_due(folder):
+        return None
+    report = run_post(scripts, seconds_max)
+    clear_post_due(folder)
+    return report
 
 
 def _check(script: str) -> None:

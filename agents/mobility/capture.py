@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from agents.mobility.app_scripts import run_post, run_pre
+from agents.mobility.app_scripts import clear_post_due, run_post, run_pre, set_post_due
 from agents.mobility.audit import AuditSample, sample
 from agents.mobility.config import AppConsistencyConfig, CaptureConfig
 from agents.mobility.frame_builder import FrameContent, SegmentBuilder, contents, zero_contents
@@ -101,10 +101,12 @@ class Capture:
         self._send_live(self.state.todo)
         if self.app is None:
             return self._take_point()
-        report = run_pre(self.app.pre, self.app.script_seconds_max)
-        self._promise = Consistency.APP if report.ok else Consistency.CRASH
+        if self.app.post:
+            set_post_due(self.state.folder)
         self._post_due = True
         try:
+            report = run_pre(self.app.pre, self.app.script_seconds_max)
+            self._promise = Consistency.APP if report.ok else Consistency.CRASH
             return self._take_point("" if report.ok else report.reason)
         finally:
             self._run_post()
@@ -114,6 +116,7 @@ class Capture:
         if self._post_due and self.app is not None:
             self._post_due = False
             run_post(self.app.post, self.app.script_seconds_max)
+            clear_post_due(self.state.folder)
 
     def _take_point(self, downgraded: str = "") -> Taken:
         """What ``todo`` names has been sent; bring it to one instant.

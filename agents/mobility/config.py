@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from daemon.config import DaemonConfig, Section
 from daemon.data_key import read_data_key
@@ -16,6 +16,23 @@ from replication.frame import DISK_COUNT_MAX
 from replication.manifest import SEGMENT_BYTES_MAX
 
 Seconds = Annotated[float, Field(gt=0, le=86400)]
+
+
+def _https_origin(url: str) -> str:
+    wrong = ValueError("an https URL without a path is expected, as https://appliance:9443")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise wrong from error
+    bare = f"https://{parts.netloc}"
+    if url.rstrip("/") != bare or not parts.hostname or "@" in bare or port == 0:
+        raise wrong
+    return bare
+
+
+HttpsOrigin = Annotated[str, AfterValidator(_https_origin)]
+"""An https URL without a path."""
 
 
 class DiskConfig(Section):
@@ -87,40 +104,33 @@ class SendConfig(Section):
     backoff_seconds_max: Seconds = 15.0
 
 
-class AgentConfig(DaemonConfig):
-    """The whole configuration of ``understudy-agent``.
+class AgentSettings(DaemonConfig):
+    """What an agent is told in its file, whoever says what it replicates.
 
-    process_server: https URL of the process server, without a path.
     state_folder:   where block sets and positions are kept; not on a protected disk.
     tracker:        ``ebpf``, or ``scan`` where that cannot be had (no points in time).
     """
 
-    machine: UUID
-    name: str = Field(default="", max_length=255)
-    data_key_file: str
     state_folder: str
-    process_server: str
-    tls: TlsFiles
-    disks: tuple[DiskConfig, ...] = Field(min_length=1, max_length=DISK_COUNT_MAX)
     tracker: Literal["ebpf", "scan"] = "ebpf"
     capture: CaptureConfig = CaptureConfig()
     app_consistency: AppConsistencyConfig = AppConsistencyConfig()
     send: SendConfig = SendConfig()
     service: ServiceConfig = ServiceConfig()
 
-    @field_validator("process_server")
-    @classmethod
-    def _https_origin(cls, url: str) -> str:
-        wrong = ValueError("an https URL without a path is expected, as https://appliance:9443")
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:
-            raise wrong from error
-        bare = f"https://{parts.netloc}"
-        if url.rstrip("/") != bare or not parts.hostname or "@" in bare or port == 0:
-            raise wrong
-        return bare
+
+class AgentConfig(AgentSettings):
+    """The whole configuration of ``understudy-agent`` without a config server.
+
+    process_server: https URL of the process server, without a path.
+    """
+
+    machine: UUID
+    name: str = Field(default="", max_length=255)
+    data_key_file: str
+    process_server: HttpsOrigin
+    tls: TlsFiles
+    disks: tuple[DiskConfig, ...] = Field(min_length=1, max_length=DISK_COUNT_MAX)
 
     @model_validator(mode="after")
     def _disks_differ(self) -> "AgentConfig":

@@ -16,7 +16,7 @@ import os
 import queue
 import stat
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from daemon.durable import storage_error
 from replication.block_set import BLOCK_BYTES, block_count_of
@@ -64,6 +64,15 @@ class DeviceIdentity:
         if any(type(found[name]) is not type_ for name, type_ in fields.items()):
             raise PeerError(f"a device's identity has fields of wrong types: {found!r}")
         return cls(**found)
+
+
+class Named(Protocol):
+    """A disk by where it is, ``path``, and by the kernel's name for it."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def name(self) -> str: ...
 
 
 class Device:

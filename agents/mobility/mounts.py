@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from replication.errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from agents.mobility.device import Device
+    from agents.mobility.device import Named
 
 MOUNTINFO = "/proc/self/mountinfo"
 
@@ -74,23 +74,32 @@ def parse_mountinfo(text: str) -> list[Mount]:
     return mounts
 
 
-def mounted_file_systems(device: Device) -> list[MountedFileSystem]:
+def read_mounts() -> list[Mount]:
+    """All mounts that this process sees."""
+    with open(MOUNTINFO, errors="surrogateescape") as file:
+        return parse_mountinfo(file.read())
+
+
+def mounts_on(name: str, mounts: Sequence[Mount]) -> list[Mount]:
+    """Those of ``mounts`` whose file system lies on the disk with the kernel's name ``name``."""
+    names = _names_on(name)
+    devs = {_sysfs_dev(name) for name in names}
+    return [
+        mount
+        for mount in mounts
+        if mount.dev in devs or (mount.dev.startswith("0:") and bool(_source_names(mount) & names))
+    ]
+
+
+def mounted_file_systems(device: Named) -> list[MountedFileSystem]:
     """Every file system on the disk that is mounted where this process can see it, each once.
 
     Raises CaptureError where another mount covers all places of one of them: whoever opened such
     a place would freeze the wrong file system.
     """
-    names = _names_on(device.name)
-    devs = {_sysfs_dev(name) for name in names}
-    with open(MOUNTINFO, errors="surrogateescape") as file:
-        mounts = parse_mountinfo(file.read())
     by_dev: dict[str, list[Mount]] = {}
-    for mount in mounts:
-        on_disk = mount.dev in devs or (
-            mount.dev.startswith("0:") and bool(_source_names(mount) & names)
-        )
-        if on_disk:
-            by_dev.setdefault(mount.dev, []).append(mount)
+    for mount in mounts_on(device.name, read_mounts()):
+        by_dev.setdefault(mount.dev, []).append(mount)
     found = []
     for places in by_dev.values():
         reachable = next((place for place in places if _is_reachable(place)), None)

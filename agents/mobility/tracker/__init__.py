@@ -11,7 +11,7 @@ import platform
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from agents.mobility.device import Device
+    from agents.mobility.device import Named
     from replication.block_set import BlockSet
 
 KERNEL_MIN = (5, 17)
@@ -53,7 +53,7 @@ class Tracker(Protocol):
         """Stop tracking this disk and leave nothing of it behind."""
 
 
-def reason_untrackable(device: Device) -> str | None:
+def reason_untrackable(device: Named) -> str | None:
     """Why the kernel cannot tell this disk's changes, in words for the operator; None if it can."""
     queue = f"/sys/block/{device.name}"
     release = platform.release().split("-")[0].split(".")

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from agents.mobility import app_scripts
-from agents.mobility.app_scripts import check_scripts, run_post, run_pre
+from agents.mobility.app_scripts import (
+    check_scripts,
+    clear_post_due,
+    is_post_due,
+    run_post,
+    run_post_if_due,
+    run_pre,
+    set_post_due,
+)
 from replication.errors import ConfigError
 
 MakeScript = Callable[..., str]
@@ -166,3 +174,19 @@ def test_what_is_no_program_is_told(script: MakeScript) -> None:
     path = script("exit 0")
     Path(path).write_bytes(b"\x7fELF rubbish")
     assert "did not start" in run_pre([path], 5).reason
+
+
+def test_post_that_is_owed_runs_once_and_all_of_it(script: MakeScript, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    log = tmp_path / "log"
+    posts = [script("exit 3", "bad"), script(f"echo ran >> {log}", "good")]
+    assert run_post_if_due(folder, posts, 5) is None
+    set_post_due(folder)
+    assert is_post_due(folder)
+    report = run_post_if_due(folder, posts, 5)
+    assert report is not None
+    assert "exit code 3" in report.reason
+    assert log.read_text() == "ran\n"
+    assert run_post_if_due(folder, posts, 5) is None
+    clear_post_due(folder)
+    assert log.read_text() == "ran\n"
