@@ -13,22 +13,36 @@ are not swapped, so ``todo`` does not change and step 4 can be repeated.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import structlog
 
 from agents.mobility.device import DeviceIdentity
+from agents.mobility.disk_set import adopt_disks
 from agents.mobility.reconcile import (
+    Begin,
     DropPending,
     FinishPending,
     Fold,
     GoOn,
-    NewGeneration,
+    Require,
+    Stand,
     reconcile,
 )
-from agents.mobility.stream_state import BlockSets, Pending, StreamStateFile, merge, subtract
+from agents.mobility.stream_state import (
+    BlockSets,
+    Pending,
+    Resync,
+    Stage,
+    StreamStateFile,
+    merge,
+    subtract,
+)
 from replication.block_set import BlockSet
 from replication.bookmark import GENERATION_LEAP_MAX, Stamp
+from replication.control.report import ResyncCause
 from replication.errors import PeerError
+from replication.manifest import NO_BASIS
 from replication.stream import StreamState
 from replication.watermark import Repair
 
@@ -53,13 +67,15 @@ def finish(state: StreamStateFile) -> None:
     # whose blocks are no longer to do.
     todo = {disk: blocks.copy() for disk, blocks in state.todo.items()}
     subtract(todo, state.read_retained(number))
+    seeded = position.seeded or pending.whole
     state.save(
         todo,
         committed=number,
         attempt=pending.attempt,
         since=number,
         pending=None,
-        seeded=position.seeded or pending.whole,
+        seeded=seeded,
+        resync=None if seeded else position.resync,
         repaired=position.repairing if pending.whole else position.repaired,
     )
 
@@ -75,9 +91,22 @@ def drop_pending(state: StreamStateFile) -> None:
 def fold(state: StreamStateFile, since: int, lost: Sequence[int]) -> None:
     """Changesets were lost upstream: their blocks are to do again, counting from ``since``."""
     for number in lost:
-        merge(state.todo, state.read_retained(number))
+        sets = state.read_retained(number)
+        merge(
+            state.todo,
+            {disk: blocks for disk, blocks in sets.items() if _fits(state, disk, blocks)},
+        )
     state.save(since=since)  # before the sets go
     state.forget(lost)
+
+
+def _fits(state: StreamStateFile, disk: int, blocks: BlockSet) -> bool:
+    """Whether a disk of an old set is still protected, in that size.
+
+    One that came back in another size since was to do as a whole then: later sets hold all of it.
+    """
+    now = state.todo.get(disk)
+    return now is not None and now.block_count == blocks.block_count
 
 
 def begin_generation(
@@ -87,6 +116,124 @@ def begin_generation(
     identities: Mapping[int, DeviceIdentity],
 ) -> None:
     """All blocks of all disks are to do; the trackers run already, so none is missed."""
+    state.save(
+        {disk: BlockSet.full(count) for disk, count in block_counts.items()},
+        generation=_next_generation(state, stream),
+        committed=0,
+        since=0,
+        pending=None,
+        seeded=False,
+        repaired=stream.watermark.repair.request,
+        repairing=stream.watermark.repair.request,
+        audit_chunk=0,
+        identities=identities,
+        basis=NO_BASIS,
+        resync=None,
+    )
+    state.drop_retained()
+
+
+def require_resync(
+    state: StreamStateFile,
+    cause: ResyncCause,
+    reason: str,
+    *,
+    ordered: bool = False,
+    request: int = 0,
+) -> None:
+    """Remember durably that changes alone do not lead on any more, and why.
+
+    From here on nothing is sent until ``begin_resync``. Of several causes the first is told; an
+    order, and one for a resync that this one takes the place of, stays good.
+
+    request: the order that is taken up by it, 0 for none.
+    """
+    before = state.position.resync
+    if before is not None and before.stage is Stage.REQUIRED:
+        cause, reason = before.cause, before.reason
+    state.save(
+        pending=None,
+        resync=Resync(cause, reason, ordered or (before is not None and before.ordered)),
+        resync_request=max(request, state.position.resync_request),
+    )
+
+
+def begin_resync(
+    state: StreamStateFile,
+    stream: StreamState,
+    block_counts: Mapping[int, int],
+    identities: Mapping[int, DeviceIdentity],
+) -> None:
+    """Begin the generation of the resync that is required.
+
+    What is known to have changed stays to do: a write that was under way when it was noticed may
+    reach the disk after the comparison has read its block. Block sets of the generation before are
+    let go: what they name and the second site lacks, the comparison finds.
+
+    The trackers run already, with the disks as they are in ``identities``.
+    """
+    resync = state.position.resync
+    assert resync is not None, "a resync is required before it begins"
+    todo = {}
+    for disk, count in block_counts.items():
+        before = state.todo.get(disk)
+        todo[disk] = BlockSet(count) if before is None else _cut_to(before, count)
+    state.save(
+        todo,
+        generation=_next_generation(state, stream),
+        committed=0,
+        since=0,
+        pending=None,
+        seeded=False,
+        audit_chunk=0,
+        identities=identities,
+        basis=NO_BASIS,
+        resync=replace(resync, stage=Stage.COMPARING, cursor=0),
+    )
+    state.drop_retained()
+
+
+def note_compared(state: StreamStateFile, basis: bytes, found: BlockSets, cursor: int) -> None:
+    """What differs from ``basis`` up to ``cursor`` is to do, durably."""
+    resync = state.position.resync
+    assert resync is not None
+    assert resync.stage is Stage.COMPARING
+    todo = {disk: blocks.copy() for disk, blocks in state.todo.items()}
+    merge(todo, found)
+    state.save(todo, basis=basis, resync=replace(resync, cursor=cursor))
+
+
+def end_comparison(state: StreamStateFile) -> None:
+    """All disks are compared: what is in ``todo`` and in the trackers is all that differs.
+
+    That the changeset which began the generation is applied is durable from here on, so that no
+    later one can claim to count from before it: what holds all changes since a comparison may be
+    applied to the state that was compared, and to no other.
+    """
+    position = state.position
+    resync = position.resync
+    assert resync is not None
+    assert resync.stage is Stage.COMPARING
+    assert position.basis != NO_BASIS
+    assert position.since == position.committed > 0
+    state.save(
+        applied=max(position.applied, Stamp(position.generation, position.committed)),
+        resync=replace(resync, stage=Stage.SENDING),
+    )
+
+
+def reopen(state: StreamStateFile) -> None:
+    """The store has gone back behind the changeset that began the resync: begin it once more.
+
+    Nothing else has been sent, so the next one, which counts from nothing, closes all the same.
+    """
+    resync = state.position.resync
+    assert resync is not None
+    assert resync.stage is Stage.COMPARING
+    state.save(since=0, basis=NO_BASIS, resync=replace(resync, cursor=0))
+
+
+def _next_generation(state: StreamStateFile, stream: StreamState) -> int:
     known = (
         state.position.generation,
         stream.committed.generation,
@@ -98,19 +245,16 @@ def begin_generation(
             f"{state.position.generation}",
             hint="no machine has so many: see who else writes into the cache storage account",
         )
-    state.save(
-        {disk: BlockSet.full(count) for disk, count in block_counts.items()},
-        generation=max(known) + 1,
-        committed=0,
-        since=0,
-        pending=None,
-        seeded=False,
-        repaired=stream.watermark.repair.request,
-        repairing=stream.watermark.repair.request,
-        audit_chunk=0,
-        identities=identities,
-    )
-    state.drop_retained()
+    return max(known) + 1
+
+
+def _cut_to(blocks: BlockSet, block_count: int) -> BlockSet:
+    """The same blocks of a disk that has another size now, as far as they are on it."""
+    made = BlockSet(block_count)
+    for first, count in blocks.runs():
+        if first < block_count:
+            made.add_run(first, min(count, block_count - first))
+    return made
 
 
 def learn_applied(state: StreamStateFile, applied: Stamp) -> int:
@@ -154,15 +298,24 @@ def settle(
     stream: StreamState,
     block_counts: Mapping[int, int],
     identities: Mapping[int, DeviceIdentity],
-    *,
-    interrupted: str,
 ) -> None:
     """Bring memory and process server together; see ``reconcile.py`` for the decisions."""
     log = structlog.get_logger()
     for _ in range(RECONCILE_STEPS_MAX):
-        decision = reconcile(state.position, state.retained(), stream, interrupted=interrupted)
+        decision = reconcile(state.position, state.retained(), stream)
         match decision:
+            case Stand():
+                return
             case GoOn():
+                if state.position.stage is not Stage.COMPARING:
+                    adopt_disks(state, block_counts, identities)
+                elif set(state.position.identities) != set(identities):
+                    # The sums are of the disks that there were when it began.
+                    require_resync(
+                        state,
+                        ResyncCause.DISKS_CHANGED,
+                        "disks came or went while they were being compared",
+                    )
                 return
             case FinishPending():
                 log.info("the pending changeset had been acknowledged")
@@ -173,8 +326,10 @@ def settle(
             case Fold(since=since, lost=lost):
                 log.warning("changesets were lost upstream; sending again", since=since, lost=lost)
                 fold(state, since, lost)
-            case NewGeneration(reason=reason):
-                log.warning("a new generation begins", reason=reason)
+            case Begin():
+                log.info("initial replication begins")
                 begin_generation(state, stream, block_counts, identities)
-                interrupted = ""
+            case Require(cause=cause, reason=reason, ordered=ordered):
+                log.warning("a resync is required", cause=cause.value, reason=reason)
+                require_resync(state, cause, reason, ordered=ordered)
     raise PeerError("agent and process server do not come to agree")

@@ -23,7 +23,7 @@ from replication.errors import TrackingError
 
 if TYPE_CHECKING:
     import uuid
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     import numpy.typing as npt
 
@@ -82,6 +82,17 @@ def remove_machine(machine: uuid.UUID) -> None:
     """Stop tracking all disks of a machine and remove its pins, half-made ones too."""
     with pins_changed(f"{ROOT}/{machine}"):
         remove_pins(f"{ROOT}/{machine}")
+
+
+def remove_other_disks(machine: uuid.UUID, kept: Collection[int]) -> None:
+    """Stop tracking the disks of a machine whose indexes are not among ``kept``."""
+    machine_folder = f"{ROOT}/{machine}"
+    with pins_changed(machine_folder):
+        if not os.path.isdir(machine_folder):
+            return
+        for folder in disk_folders(machine_folder):
+            if os.path.basename(folder) not in map(str, kept):
+                remove_disk(machine_folder, folder)
 
 
 @contextlib.contextmanager
