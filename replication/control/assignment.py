@@ -45,7 +45,7 @@ class MachineAssignment(Message):
     """For a mobility agent.
 
     replicate:      False: nothing is sent; tracking ends when the machine is not protected.
-    protected:      False: forget stream and trackers.
+    protected:      False: forget stream and trackers. It must be said: what is left out ends nothing.
     process_server: https URL.
     app_interval_seconds: between app-consistent points; 0: none.
     """
@@ -53,7 +53,7 @@ class MachineAssignment(Message):
     version: int
     machine: uuid.UUID
     name: str
-    protected: bool = False
+    protected: bool
     replicate: bool = False
     process_server: str = ""
     disks: tuple[AssignedDisk, ...] = ()
