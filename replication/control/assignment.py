@@ -6,12 +6,13 @@ Source: docs/CONTROL.md §4.
 """
 
 import uuid
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from replication.bookmark import DiskShape
 from replication.control.message import Message
+from replication.control.role import NodeRole
 
 MACHINE_COUNT_MAX = 1024
 REVOKED_COUNT_MAX = 65536
@@ -41,16 +42,23 @@ class ResyncOrder(Message):
     allowed: bool = True
 
 
-class MachineAssignment(Message):
+class NodeAssignment(Message):
+    """What the assignments of all roles have. ``version`` is above 0; it tells two apart."""
+
+    role: ClassVar[NodeRole]
+    version: Annotated[int, Field(ge=0)]
+
+
+class MachineAssignment(NodeAssignment):
     """For a mobility agent.
 
     replicate:      False: nothing is sent; tracking ends when the machine is not protected.
-    protected:      False: forget stream and trackers. It must be said: what is left out ends nothing.
+    protected:      False: forget stream and trackers. It must be said: leaving it out ends nothing.
     process_server: https URL.
     app_interval_seconds: between app-consistent points; 0: none.
     """
 
-    version: int
+    role: ClassVar[NodeRole] = NodeRole.MACHINE
     machine: uuid.UUID
     name: str
     protected: bool
@@ -62,13 +70,13 @@ class MachineAssignment(Message):
     resync: ResyncOrder = ResyncOrder()
 
 
-class ProcessServerAssignment(Message):
+class ProcessServerAssignment(NodeAssignment):
     """For a process server: whose streams it takes, and which certificates are good no more.
 
     revoked: serial numbers in hexadecimal, of certificates that have not yet ended by themselves.
     """
 
-    version: int
+    role: ClassVar[NodeRole] = NodeRole.PROCESS_SERVER
     machines: Annotated[tuple[uuid.UUID, ...], Field(max_length=MACHINE_COUNT_MAX)] = ()
     revoked: Annotated[tuple[str, ...], Field(max_length=REVOKED_COUNT_MAX)] = ()
 
@@ -88,14 +96,14 @@ class AppliedMachine(Message):
     crash_frequency_seconds: Annotated[int, Field(ge=0)] = 300
 
 
-class ApplierAssignment(Message):
+class ApplierAssignment(NodeAssignment):
     """For an applier.
 
     removed: machines whose points are to be deleted. Only these: a machine that merely is not in
              ``machines`` is left alone, so that a wrong answer never deletes anything.
     """
 
-    version: int
+    role: ClassVar[NodeRole] = NodeRole.APPLIER
     machines: Annotated[tuple[AppliedMachine, ...], Field(max_length=MACHINE_COUNT_MAX)] = ()
     removed: Annotated[tuple[uuid.UUID, ...], Field(max_length=MACHINE_COUNT_MAX)] = ()
 
