@@ -83,3 +83,54 @@ class CaptureError(ReplicationError):
     exit_code = 8
     retryable = True
     code = "capture"
+
+
+class InputError(ReplicationError):
+    """A request or a command asks for something that makes no sense; nothing was changed."""
+
+    exit_code = 9
+    code = "invalid"
+
+
+class NotFoundError(ReplicationError):
+    """What was asked for is not there."""
+
+    exit_code = 10
+    code = "not_found"
+
+
+class ConflictError(ReplicationError):
+    """Things stand otherwise than the request assumes; look at them again and decide anew."""
+
+    exit_code = 11
+    code = "conflict"
+
+
+class AccessError(ReplicationError):
+    """The caller's role does not allow it."""
+
+    exit_code = 12
+    code = "forbidden"
+
+
+class UnknownCallerError(AccessError):
+    """The caller shows no token or certificate, or one that is wrong, expired or revoked."""
+
+    code = "unauthenticated"
+
+
+class LimitError(ReplicationError):
+    """Too much was asked in too short a time, or at once; it works again after a wait.
+
+    retry_after_seconds: how long to wait.
+    """
+
+    exit_code = 13
+    retryable = True
+    code = "limit"
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, retry_after_seconds: float = 1.0
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_seconds = retry_after_seconds

@@ -104,6 +104,7 @@ class Token(Base):
     role: Mapped[str] = mapped_column(String(_CODE))
     digest: Mapped[str] = mapped_column(String(_CODE), unique=True)
     created_ns: Mapped[int]
+    created_by: Mapped[str] = mapped_column(String(_NAME), default="", server_default="")
     expires_ns: Mapped[int]
     revoked_ns: Mapped[int | None]
 

@@ -1,0 +1,11 @@
+"""One module per noun; ROUTERS is what is served."""
+
+from appliance.config_server.api.router import Router
+from appliance.config_server.api.routes import audit, health_check, me, tokens
+
+ROUTERS: tuple[Router, ...] = (
+    health_check.router,
+    me.router,
+    tokens.router,
+    audit.router,
+)

@@ -1,0 +1,103 @@
+"""The config server in one piece: its parts, opened in order, and its life.
+
+Conventions for who adds a part (`identity`, `discovery`, `protection`, `watching`):
+
+- A part is opened by an async context manager that takes what it needs (`config`, `database`,
+  `clock`, `health`, `registry`, other parts), never the whole Server. Add one line to
+  ``open_server`` and one field to ``Server``.
+- What runs all the time is an ``async def name(server: Server) -> None`` that ends when it is
+  cancelled. Add it to ``BACKGROUND``. One that raises ends the daemon, so handle what is to be
+  expected (report it through ``server.health``) and raise only defects.
+- A long poll waits for its news or for ``server.stop``, whichever is first.
+- ``server.clock()`` is the time: nanoseconds since 1970.
+- Reads: ``async with server.database.reading() as session``. Changes that somebody asks for:
+  ``async with server.change(caller, "policy.create", name) as session`` (one transaction together
+  with its audit entry). Changes of our own: ``async with server.database.writing() as session``.
+  Never one of them within another.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from appliance.config_server.api.limits import Attempts
+from appliance.config_server.audit import DONE, Audit
+from appliance.config_server.caller import Caller
+from appliance.config_server.config import ConfigServerConfig
+from appliance.config_server.store.engine import Database, open_database
+from daemon.durable import make_folder
+from daemon.service import Health, Service
+from replication.errors import ReplicationError, StorageError, UnavailableError
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """All that a route or a background task may reach.
+
+    stop:     set when the daemon is to end.
+    clock:    nanoseconds since 1970.
+    attempts: sources that showed wrong tokens or proofs.
+    """
+
+    config: ConfigServerConfig
+    database: Database
+    audit: Audit
+    health: Health
+    registry: CollectorRegistry
+    stop: asyncio.Event
+    clock: Callable[[], int] = time.time_ns
+    attempts: Attempts = field(default_factory=Attempts)
+
+    @contextlib.asynccontextmanager
+    async def change(
+        self,
+        caller: Caller,
+        action: str,
+        target: str,
+        detail: Mapping[str, Any] | None = None,
+    ) -> AsyncIterator[AsyncSession]:
+        """One transaction for a change and its audit entry; neither is there without the other.
+
+        An error of ours that is raised within is audited as well, as the outcome.
+        action: noun and verb, as ``policy.create``. detail: never secrets.
+        """
+        try:
+            async with self.database.writing() as session:
+                yield session
+                self.audit.add(session, caller, action, target, outcome=DONE, detail=detail)
+        except (StorageError, UnavailableError):
+            raise  # the audit entry could not be written either
+        except ReplicationError as error:
+            await self.audit.write(caller, action, target, outcome=error.code, detail=detail)
+            raise
+
+
+BACKGROUND: tuple[Callable[[Server], Awaitable[None]], ...] = ()
+"""What runs beside the API, from the start to the end of the daemon."""
+
+
+@contextlib.asynccontextmanager
+async def open_server(
+    config: ConfigServerConfig, service: Service, *, clock: Callable[[], int] = time.time_ns
+) -> AsyncIterator[Server]:
+    """Open all parts; close them in reverse order."""
+    async with contextlib.AsyncExitStack() as stack:
+        make_folder(config.state_folder)
+        database = await stack.enter_async_context(
+            open_database(config.database_url(), connections_max=config.database.connections_max)
+        )
+        yield Server(
+            config=config,
+            database=database,
+            audit=Audit(database, clock),
+            health=service.health,
+            registry=service.registry,
+            stop=service.stop,
+            clock=clock,
+        )

@@ -1,0 +1,217 @@
+"""Bringing a database to the present schema, under a lock, in one transaction.
+
+A process that is killed within leaves the old schema whole. Whatever is not ours, newer or damaged
+is refused before anything is written.
+
+Source: docs/CONTROL.md §2; alembic.sqlalchemy.org; sqlite.org/pragma.html#pragma_quick_check.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Iterator
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, inspect, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from appliance.config_server.store.connection import IMMEDIATE, make_engine, sqlite_path
+from appliance.config_server.store.schema import Base
+from appliance.config_server.store.trouble import explained
+from daemon.durable import make_folder, storage_error
+from replication.errors import ConfigError, IntegrityError, StorageError, UnavailableError
+
+LOCK_SECONDS_MAX = 60.0
+LOCK_POLL_SECONDS = 0.1
+ADVISORY_LOCK = 0x756E6465727374
+"""PostgreSQL's number for our lock: the letters "underst"."""
+
+VERSION_TABLE = "alembic_version"
+_SCRIPTS = os.path.join(os.path.dirname(__file__), "migrations")
+
+
+async def migrate(url: str, *, target: str = "head") -> None:
+    """Bring the database at ``url`` to ``target``, from wherever it is.
+
+    Raises as ``open_database`` does.
+    """
+    path = sqlite_path(url)
+    if path is not None:
+        make_folder(os.path.dirname(path))
+        async with _file_lock(f"{path}.lock"):
+            await asyncio.to_thread(_examine_file, path)
+            await _upgrade(url, target)
+        return
+    await _upgrade(url, target)
+
+
+async def current_revision(url: str) -> str | None:
+    """Which schema the database has; none when it has none of ours. Nothing is written."""
+    path = sqlite_path(url)
+    if path is not None and not await asyncio.to_thread(os.path.exists, path):
+        return None
+    engine = make_engine(url)
+    try:
+        with explained():
+            async with engine.connect() as connection:
+                return await connection.run_sync(_revision_of)
+    finally:
+        await engine.dispose()
+
+
+def head_revision() -> str:
+    """The schema of this program."""
+    head = _scripts().get_current_head()
+    assert head
+    return head
+
+
+def _revision_of(connection: Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", _SCRIPTS)
+    return config
+
+
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config())
+
+
+async def _upgrade(url: str, target: str) -> None:
+    engine = make_engine(url, migrating=True)
+    try:
+        with explained():
+            writing = engine.execution_options(**{IMMEDIATE: True})
+            async with writing.begin() as connection:
+                if engine.dialect.name != "sqlite":
+                    await _advisory_lock(connection)
+                await connection.run_sync(_step, target)
+    finally:
+        await engine.dispose()
+
+
+def _step(connection: Connection, target: str) -> None:
+    """Look at what is there, then migrate; all in the caller's transaction."""
+    _refuse_foreign(connection)
+    current = _revision_of(connection)
+    scripts = _scripts()
+    known = {script.revision for script in scripts.walk_revisions()}
+    if current is not None and current not in known:
+        raise ConfigError(
+            f"the database has schema {current}; this program knows up to {head_revision()}",
+            hint="start the newer program again, or restore the backup of before the upgrade",
+        )
+    config = _config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, target)
+    if connection.dialect.name == "sqlite":
+        broken = connection.execute(text("PRAGMA foreign_key_check")).all()
+        if broken:
+            raise IntegrityError(
+                f"{len(broken)} rows of the database refer to rows that are not there",
+                hint="restore the database from a backup; it was not written to",
+            )
+
+
+def _refuse_foreign(connection: Connection) -> None:
+    tables = set(inspect(connection).get_table_names())
+    if VERSION_TABLE not in tables and tables & set(Base.metadata.tables):
+        raise ConfigError(
+            "the database has tables of our names, but not our schema's number",
+            hint="give the config server a database of its own",
+        )
+    if VERSION_TABLE not in tables and tables and connection.dialect.name == "sqlite":
+        raise ConfigError(
+            "the database file holds something else's tables",
+            hint="name another state_folder or database.url",
+        )
+
+
+def _examine_file(path: str) -> None:
+    """Refuse a file that is damaged or no database, without a write to it."""
+    try:
+        size = os.stat(path).st_size
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise storage_error("look at", path, error) from error
+    if size == 0:
+        return  # made, and killed before the first transaction
+    if not os.access(path, os.W_OK):
+        raise StorageError(
+            f"the database {path} cannot be written to",
+            hint="check owner, mode and mount options of the path",
+        )
+    with _opened_for_reading(path) as database:
+        try:
+            told = [row[0] for row in database.execute("PRAGMA quick_check(1)")]
+        except sqlite3.DatabaseError as error:
+            raise _damaged(path, str(error)) from error
+    if told != ["ok"]:
+        raise _damaged(path, str(told[0]))
+
+
+def _damaged(path: str, told: str) -> IntegrityError:
+    return IntegrityError(
+        f"the database {path} is damaged: {told}",
+        hint="restore it from a backup; it was not written to",
+    )
+
+
+@contextlib.contextmanager
+def _opened_for_reading(path: str) -> Iterator[sqlite3.Connection]:
+    database = sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True, timeout=LOCK_SECONDS_MAX)
+    try:
+        yield database
+    finally:
+        database.close()
+
+
+def _quoted(path: str) -> str:
+    return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+
+
+@contextlib.asynccontextmanager
+async def _file_lock(path: str) -> AsyncIterator[None]:
+    """One migration at a time over all processes of this host; the kernel frees it at any end."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise storage_error("open", path, error) from error
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS_MAX
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise UnavailableError(
+                        f"another process has migrated the database for {LOCK_SECONDS_MAX:.0f} s",
+                        hint=f"find who holds {path}",
+                    ) from error
+            await asyncio.sleep(LOCK_POLL_SECONDS)
+        yield
+    finally:
+        os.close(fd)
+
+
+async def _advisory_lock(connection: AsyncConnection) -> None:
+    """The same over all clients of a PostgreSQL database, to the end of the transaction."""
+    await connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS_MAX:.0f}s'"))
+    await connection.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
+
+
+def database_name(url: str) -> str:
+    """How to call the database to people: no password in it."""
+    return sqlite_path(url) or make_url(url).render_as_string(hide_password=True)

@@ -1,0 +1,1 @@
+"""Alembic's folder: what each schema adds to the one before it."""
