@@ -13,6 +13,7 @@ from agents.mobility.app_scripts import check_scripts
 from agents.mobility.config import AgentConfig, DiskConfig
 from agents.mobility.device import Device
 from agents.mobility.freeze import Freezer, refuse_own, thaw_all
+from agents.mobility.interruption import find_interruption
 from agents.mobility.mounts import mounted_file_systems
 from agents.mobility.replicator import Replicator
 from agents.mobility.source import SourceDisk
@@ -110,7 +111,7 @@ async def serve(config: AgentConfig, service: Service) -> None:
         left = thaw_all([fs.mount_point for fs in mounts])
         if left:
             structlog.get_logger().warning("file systems had been left frozen", mounts=left)
-        interrupted = _interruption(disks, state)
+        interrupted = find_interruption(disks, state)
         freezer = stack.enter_context(Freezer())
 
         def on_trouble(trouble: str) -> None:
@@ -184,30 +185,6 @@ def _open_disk(
             tracker.close()
     finally:
         device.close()
-
-
-def _interruption(disks: list[SourceDisk], state: StreamStateFile) -> str:
-    """Why what the trackers know does not join on to what the state knows; empty if it does."""
-    known = state.position.identities
-    if not known:
-        return ""
-    if set(known) != {disk.index for disk in disks}:
-        return "the set of protected disks has changed"
-    for disk in disks:
-        then, now = known[disk.index], disk.device.identity
-        name = disk.shape.name
-        if now.size_bytes != then.size_bytes:
-            return f"{name} was resized from {then.size_bytes} to {now.size_bytes} bytes"
-        if isinstance(disk.tracker, ScanTracker):
-            if disk.tracker.fresh:
-                return f"the digests of {name} are gone"
-        elif now.boot_id != then.boot_id:
-            return "the machine was started anew; changes before that are not known"
-        elif now != then:
-            return f"{name} was detached or is another device"
-        elif disk.tracker.fresh:
-            return f"tracking of {name} was lost"
-    return ""
 
 
 if __name__ == "__main__":

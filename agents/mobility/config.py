@@ -7,6 +7,7 @@ from uuid import UUID
 
 from pydantic import AfterValidator, Field, model_validator
 
+from agents.mobility.leave import AT_ONCE, check_leave
 from daemon.config import DaemonConfig, Section
 from daemon.data_key import read_data_key
 from daemon.service import ServiceConfig
@@ -64,6 +65,7 @@ class CaptureConfig(Section):
     audit_chunks:         64 KiB chunks whose digests go with each changeset, disks taken in turn.
     raw_capture:          how a disk without a mounted file system gets a point: when a round
                           finds it quiet, or by FICLONE of its image where the store can.
+    compare_share_max:    largest share of the time that a resync reads and compares disks.
     """
 
     interval_seconds: Seconds = 5.0
@@ -75,6 +77,7 @@ class CaptureConfig(Section):
     changeset_bytes_max: int = Field(default=256 << 20, ge=16 << 20, le=1 << 34)
     audit_chunks: int = Field(default=8, ge=0, le=1024)
     raw_capture: Literal["quiet", "reflink"] = "quiet"
+    compare_share_max: float = Field(default=0.5, gt=0, le=1)
 
 
 class AppConsistencyConfig(Section):
@@ -109,10 +112,13 @@ class AgentSettings(DaemonConfig):
 
     state_folder:   where block sets and positions are kept; not on a protected disk.
     tracker:        ``ebpf``, or ``scan`` where that cannot be had (no points in time).
+    resync:         when one that is necessary may begin, without a config server: ``at once``, or
+                    ``window 22:00-06:00`` by the machine's own time.
     """
 
     state_folder: str
     tracker: Literal["ebpf", "scan"] = "ebpf"
+    resync: Annotated[str, AfterValidator(check_leave)] = AT_ONCE
     capture: CaptureConfig = CaptureConfig()
     app_consistency: AppConsistencyConfig = AppConsistencyConfig()
     send: SendConfig = SendConfig()

@@ -3,20 +3,28 @@
 A pure decision from what the agent remembers and what the process server says it holds. It is
 taken at every start, after a refusal, and whenever a response shows less than the agent
 remembers to be acknowledged.
+
+The watermark in it is authentic or says nothing (``stream_client.py``).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from agents.mobility.stream_state import Position
-from replication.bookmark import Stamp
+from agents.mobility.stream_state import Position, Stage
+from replication.bookmark import NOTHING, Stamp
+from replication.control.report import ResyncCause
 from replication.stream import StreamState
-from replication.watermark import NO_ATTEMPT
+from replication.watermark import NO_ATTEMPT, Watermark
 
 
 @dataclass(frozen=True, slots=True)
 class GoOn:
     """Both agree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """A resync is required and has not begun: nothing is sent, so nothing has to agree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,30 +51,37 @@ class Fold:
 
 
 @dataclass(frozen=True, slots=True)
-class NewGeneration:
-    """What the second site holds cannot be reached by changes: send everything again."""
+class Begin:
+    """The first generation of a machine that nobody knows: all blocks are sent."""
 
+
+@dataclass(frozen=True, slots=True)
+class Require:
+    """What the second site holds cannot be reached by changes: compare, and send what differs.
+
+    ordered: it need not wait for leave.
+    """
+
+    cause: ResyncCause
     reason: str
+    ordered: bool = False
 
 
-Decision = GoOn | FinishPending | DropPending | Fold | NewGeneration
+Decision = GoOn | Stand | FinishPending | DropPending | Fold | Begin | Require
 
 
-def reconcile(
-    position: Position, retained: Mapping[int, int], stream: StreamState, *, interrupted: str
-) -> Decision:
+def reconcile(position: Position, retained: Mapping[int, int], stream: StreamState) -> Decision:
     """Decide how to go on.
 
-    retained:    changesets of the generation whose block sets the agent still has: number to the
-                 number that it counts from.
-    interrupted: why tracking was interrupted since the position was saved; empty if it was not.
+    retained: changesets of the generation whose block sets the agent still has: number to the
+              number that it counts from.
     """
     generation = position.generation
     server = stream.committed
-    if interrupted:
-        return NewGeneration(interrupted)
+    if position.stage is Stage.REQUIRED:
+        return Stand()
     if generation == 0:
-        return NewGeneration("initial replication")
+        return _first(stream)
     held = [(server, stream.attempt), (stream.watermark.applied, stream.watermark.attempt)]
     if position.pending is not None:
         # A process server may have lost it after all, and the store have it.
@@ -74,15 +89,19 @@ def reconcile(
             return FinishPending()
         return DropPending()
     if stream.watermark.lost and stream.watermark.lost_generation == generation:
-        return NewGeneration(f"the second site cannot go on: {stream.watermark.lost}")
+        return Require(
+            lost_cause(stream.watermark), f"the second site cannot go on: {stream.watermark.lost}"
+        )
     committed = Stamp(generation, position.committed)
     if max(stamp for stamp, _ in held) > committed:
-        return NewGeneration("the agent's state is older than the stream")
+        return Require(ResyncCause.STREAM_LOST, "the agent's state is older than the stream")
     ours = (NO_ATTEMPT, position.attempt)
     if position.committed and any(
         stamp == committed and attempt not in ours for stamp, attempt in held
     ):
-        return NewGeneration("the stream holds a changeset that this agent did not send")
+        return Require(
+            ResyncCause.STREAM_LOST, "the stream holds a changeset that this agent did not send"
+        )
     known = max(
         [0]
         + [
@@ -95,7 +114,28 @@ def reconcile(
     reached = position.since
     while reached > known:
         if reached not in retained:
-            return NewGeneration("changesets were lost whose blocks are no longer known")
+            return Require(
+                ResyncCause.STREAM_LOST, "changesets were lost whose blocks are no longer known"
+            )
         lost.append(reached)
         reached = retained[reached]
     return Fold(known, tuple(lost)) if lost else GoOn()
+
+
+def lost_cause(watermark: Watermark) -> ResyncCause:
+    """What kind of loss the applier tells of."""
+    try:
+        return ResyncCause(watermark.lost_cause)
+    except ValueError:
+        return ResyncCause.STREAM_LOST
+
+
+def _first(stream: StreamState) -> Begin | Require:
+    """The agent remembers nothing: nothing is being replicated, so no leave is waited for."""
+    if max(stream.committed, stream.watermark.applied) == NOTHING:
+        return Begin()
+    return Require(
+        ResyncCause.TRACKING_LOST,
+        "this agent remembers nothing of what it, or another one, has sent before",
+        ordered=True,
+    )

@@ -1,30 +1,44 @@
 """The agent's main loop: when to take a changeset, and how it goes out.
 
-What is remembered around it, and in which order, is in ``bookkeeping.py``.
+What is remembered around it, and in which order, is in ``bookkeeping.py``; how a resync goes, in
+``resync.py``.
 """
 
 import asyncio
+import datetime as dt
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
-from agents.mobility.bookkeeping import finish, learn_applied, make_pending, settle, take_up_repair
+from agents.mobility.bookkeeping import (
+    finish,
+    learn_applied,
+    make_pending,
+    require_resync,
+    settle,
+    take_up_repair,
+)
 from agents.mobility.capture import Capture, Taken
 from agents.mobility.config import AgentConfig
 from agents.mobility.frame_builder import SegmentBuilder
 from agents.mobility.freeze import Freezer
+from agents.mobility.interruption import Interruption
+from agents.mobility.leave import Leave
+from agents.mobility.resync import Resynchroniser
 from agents.mobility.source import SourceDisk, is_dirty
 from agents.mobility.status import AgentStatus, ChangesetRecord
 from agents.mobility.stream_client import StreamClient
-from agents.mobility.stream_state import Pending, StreamStateFile, size_of
+from agents.mobility.stream_state import Pending, Stage, StreamStateFile, size_of
 from agents.mobility.upload import upload
 from daemon.service import Service
 from replication.block_set import BLOCK_BYTES
-from replication.bookmark import Bookmark, Stamp
+from replication.bookmark import Bookmark, Consistency, Stamp
+from replication.control.assignment import ResyncOrder
+from replication.control.report import ResyncCause
 from replication.envelope import AttemptSealer
 from replication.errors import (
     CaptureError,
@@ -35,6 +49,7 @@ from replication.errors import (
 )
 from replication.manifest import Manifest
 from replication.stream import StreamState
+from replication.watermark import Watermark, WatermarkKey
 
 TICK_SECONDS = 0.5
 POLL_SECONDS = 2.0
@@ -55,7 +70,12 @@ class _Clock:
 
 
 class Replicator:
-    """Replicates one machine until told to stop."""
+    """Replicates one machine until told to stop.
+
+    interrupted: why what the trackers know does not join on to ``state``; None if it does.
+    order:       asked at every turn for the newest word on resyncs; by default what the
+                 configuration says.
+    """
 
     def __init__(
         self,
@@ -66,7 +86,8 @@ class Replicator:
         client: StreamClient,
         freezer: Freezer,
         service: Service,
-        interrupted: str,
+        interrupted: Interruption | None,
+        order: Callable[[], ResyncOrder] | None = None,
     ) -> None:
         self._config = config
         self._disks = disks
@@ -76,15 +97,34 @@ class Replicator:
         self._service = service
         self._interrupted = interrupted
         self._data_key = config.data_key()
+        self._watermark_key = WatermarkKey(self._data_key, config.machine)
+        leave = Leave.parse(config.resync)
+        self._order = order or (lambda: leave.order(dt.datetime.now()))  # noqa: DTZ005 - the wall's
         self._executor = ThreadPoolExecutor(SEALING_THREADS, thread_name_prefix="seal")
         self._clock = _Clock()
         self._stream: StreamState | None = None
         self.status = AgentStatus.of(config, disks)
+        self._resync = Resynchroniser(
+            config=config,
+            disks=disks,
+            state=state,
+            client=client,
+            poll=self._poll,
+            send_empty=self._send_empty,
+            service=service,
+            status=self.status,
+        )
 
     async def run(self) -> None:
         """Run until ``service.stop`` is set."""
         log = structlog.get_logger()
         settled = False
+        if self._interrupted is not None:
+            # Durable before anything is sent, or forgotten by a tracker.
+            cause, reason = self._interrupted.cause, self._interrupted.reason
+            log.warning("a resync is required", cause=cause.value, reason=reason)
+            await asyncio.to_thread(require_resync, self._state, cause, reason)
+        self._resync.tell()
         if self._config.app_consistency.interval_seconds:
             self._clock.app_at = time.monotonic()
         while not self._service.stop.is_set():
@@ -109,13 +149,34 @@ class Replicator:
         now = time.monotonic()
         if now >= self._clock.poll_at:
             stream = await self._poll()
-            if stream.committed.number < self._state.position.committed or stream.watermark.lost:
+            position = self._state.position
+            ours = Stamp(position.generation, position.committed)
+            if stream.committed < ours or stream.watermark.lost:
                 await self._reconcile(stream)
+        await self._take_up(self._order())
+        if self._state.position.stage in (Stage.REQUIRED, Stage.COMPARING):
+            return await self._resync.turn(self._stream, self._order())
         app = now >= self._clock.app_at
         if app or self._is_due(now):
             await self._changeset(app=app and bool(self._state.position.seeded))
         else:
             await self._pause(TICK_SECONDS)
+        return None
+
+    async def _take_up(self, order: ResyncOrder) -> None:
+        """An operator wants a resync, of a healthy machine too. One that is sending is let end."""
+        position = self._state.position
+        under_way = position.stage is Stage.SENDING or not (position.seeded or position.resync)
+        if order.request > position.resync_request and not under_way:
+            structlog.get_logger().info("a resync was ordered", request=order.request)
+            await asyncio.to_thread(
+                require_resync,
+                self._state,
+                ResyncCause.OPERATOR,
+                "an operator ordered it",
+                ordered=True,
+                request=order.request,
+            )
 
     def _is_due(self, now: float) -> bool:
         if now < self._clock.changeset_at:
@@ -137,16 +198,34 @@ class Replicator:
 
     async def _poll(self) -> StreamState:
         """Ask the process server where it is, and let go of what is applied."""
-        stream = await self._client.state()
-        await self._learn(stream)
-        return stream
+        return await self._learn(await self._client.state())
 
-    async def _learn(self, stream: StreamState) -> None:
-        self._stream = stream
+    async def _learn(self, told: StreamState) -> StreamState:
+        """Take note of what the process server says; what of it is believed."""
+        stream = self._stream = self._believed(told)
         applied = stream.watermark.applied
         waiting = await asyncio.to_thread(learn_applied, self._state, applied)
         self._clock.poll_at = time.monotonic() + (POLL_SECONDS if waiting else IDLE_POLL_SECONDS)
+        self._resync.tell()
         self.status.learn(stream, self._state)
+        return stream
+
+    def _believed(self, stream: StreamState) -> StreamState:
+        """The same without a watermark that the applier has not written: it says nothing then."""
+        watermark, warning = stream.watermark, ""
+        genuine = watermark.machine == self._config.machine and watermark.is_authentic(
+            self._watermark_key
+        )
+        if not genuine and not watermark.is_blank:
+            warning = (
+                "the watermark is not authentic, so nothing counts as applied: the applier is "
+                "older than this agent, has another data key, or somebody else writes into the "
+                "cache storage account"
+            )
+        self._service.health.report("watermark", warning=warning)
+        if genuine:
+            return stream
+        return replace(stream, watermark=Watermark(self._config.machine))
 
     async def _reconcile(self, stream: StreamState) -> None:
         """Bring memory and process server together."""
@@ -156,9 +235,7 @@ class Replicator:
             stream,
             {disk.index: disk.block_count for disk in self._disks},
             {disk.index: disk.device.identity for disk in self._disks},
-            interrupted=self._interrupted,
         )
-        self._interrupted = ""
         self._check_disks()
         self._clock.changeset_at = 0.0
 
@@ -169,14 +246,15 @@ class Replicator:
             if now_bytes != disk.shape.size_bytes:
                 raise TrackingError(
                     f"{disk.shape.name} has {now_bytes} bytes now, not {disk.shape.size_bytes}",
-                    hint="the agent starts again and begins a new generation if the disk grew",
+                    hint="the agent starts again and compares the disks if this one grew",
                 )
 
     async def _changeset(self, *, app: bool) -> None:
         """Take one changeset, send it, commit it."""
         began = time.monotonic()
         self._check_disks()
-        if self._stream is not None:
+        # A request that is too long to be told lacks its runs: only a resync brings them.
+        if self._stream is not None and not self._stream.watermark.lost:
             await asyncio.to_thread(take_up_repair, self._state, self._stream.watermark.repair)
         position = self._state.position
         stamp = Stamp(position.generation, position.committed + 1)
@@ -223,6 +301,40 @@ class Replicator:
         await self._learn(stream)
         self._schedule(began, taken, app=app and taken.whole)
 
+    async def _send_empty(self, reason: str) -> None:
+        """Send and commit the changeset that begins a resync."""
+        position = self._state.position
+        assert position.stage is Stage.COMPARING
+        assert position.since == 0
+        stamp = Stamp(position.generation, position.committed + 1)
+        sealer = AttemptSealer(self._data_key, self._config.machine, stamp)
+        now_ns = time.time_ns()
+        manifest = Manifest(
+            machine=self._config.machine,
+            bookmark=Bookmark(stamp, now_ns, Consistency.NONE, reason),
+            since=0,
+            attempt=sealer.attempt,
+            disks=tuple(disk.shape for disk in self._disks),
+            segments=(),
+            changed_bytes=0,
+            captured_ns=now_ns,
+            initial=True,
+            repaired=position.repaired,
+            applied=position.applied,
+            tracker=self._config.tracker,
+            resync=True,
+        )
+        await asyncio.to_thread(
+            make_pending,
+            self._state,
+            Pending(stamp, manifest.attempt, whole=False),
+            {},
+            audit_chunk=position.audit_chunk,
+        )
+        stream = await self._client.commit(stamp, manifest.seal(sealer))
+        await asyncio.to_thread(finish, self._state)
+        await self._learn(stream)
+
     async def _report(self) -> None:
         """Write the progress of the changeset under way from time to time."""
         while True:
@@ -266,6 +378,7 @@ class Replicator:
             repaired=position.repairing if taken.whole else position.repaired,
             applied=position.applied,
             tracker=self._config.tracker,
+            basis=position.basis,
             audit=taken.audit,
         )
 

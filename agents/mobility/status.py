@@ -63,6 +63,8 @@ class AgentStatus:
     generation, number:      of the newest changeset that was acknowledged.
     phase, cause, reason:    where replication is; ``enter`` moves it and tells ``on_phase``.
     done_bytes, total_bytes: of initial replication or resync; 0 of 0 when there is none.
+    differing_bytes:         found by a resync's comparison; bytes_per_second and seconds_left are
+                             its pace.
     resync_request:          the newest order to resync that was carried out.
     pauses, pause_seconds:   freezes since the start, and how long they lasted together.
     """
@@ -91,6 +93,9 @@ class AgentStatus:
     sent_bytes: int = 0
     done_bytes: int = 0
     total_bytes: int = 0
+    differing_bytes: int = 0
+    bytes_per_second: float = 0.0
+    seconds_left: float = 0.0
     resync_request: int = 0
     consistency: str = ""
     app_consistent_ns: int = 0
@@ -117,7 +122,8 @@ class AgentStatus:
         self.phase, self.cause, self.reason = phase, cause, reason
         self.state = phase.value
         if phase in (Phase.IDLE, Phase.REPLICATING):
-            self.done_bytes = self.total_bytes = 0
+            self.done_bytes = self.total_bytes = self.differing_bytes = 0
+            self.bytes_per_second = self.seconds_left = 0.0
         if (phase, cause, reason) != before and self.on_phase is not None:
             self.on_phase()
 

@@ -35,6 +35,7 @@ from replication.stream import (
     commit_path,
     segment_path,
     state_path,
+    sums_path,
 )
 
 BACKOFF_SECONDS_MIN = 0.2
@@ -126,6 +127,16 @@ class StreamClient:
         headers = {"Content-Length": str(len(manifest))}
         body = await self._persist("POST", commit_path(self._machine, stamp), manifest, headers)
         return StreamState.from_bytes(body)
+
+    async def sums(self, generation: int, disk: int, level: int, part: int) -> bytes | None:
+        """A part of the sums of the second site's state (``sums.py``); None while there is none."""
+        path = sums_path(self._machine, generation, disk, level, part)
+        try:
+            data = await self._persist("GET", path, b"", {})
+        except _AbsentError:
+            return None
+        await self._pace.spend(len(data))
+        return data
 
     async def _persist(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> bytes:
         """Try until it succeeds, is refused for good, or the agent stops."""
@@ -245,6 +256,10 @@ class _CorruptedError(ReplicationError):
     """A body did not arrive as it was sent."""
 
 
+class _AbsentError(PeerError):
+    """What was asked for is not there (yet)."""
+
+
 class _RetryLaterError(UnavailableError):
     """The process server asks to be left alone for a while."""
 
@@ -259,6 +274,8 @@ def _refused(status: int, retry_after: str, body: bytes) -> ReplicationError:
     except PeerError:
         refusal = Refusal("", f"HTTP status {status}")
     message = f"process server: {refusal.message}"
+    if status == 404:
+        return _AbsentError(message, hint=refusal.hint or None)
     if status == 409:
         return OutOfOrderError(message, hint=refusal.hint or None)
     if status == 422:

@@ -13,7 +13,8 @@ held. Should the process server lose it, those blocks go back into ``todo``. The
 as many as the process server has changesets in its spool.
 
 Invariant, at every instant and across SIGKILL: a block that changed after the newest applied
-changeset is in the tracker, in ``todo``, or in the file of a changeset that is not yet applied.
+changeset is in the tracker, in ``todo``, or in the file of a changeset that is not yet applied; or
+a resync is required, or is comparing, which finds it (``Resync``).
 """
 
 import os
@@ -21,6 +22,7 @@ import struct
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 import xxhash
 
@@ -28,9 +30,11 @@ from agents.mobility.device import DeviceIdentity
 from daemon.durable import make_folder, storage_error, write_whole
 from replication.block_set import BLOCK_BYTES, BlockSet
 from replication.bookmark import NOTHING, Stamp
+from replication.control.report import ResyncCause
 from replication.document import Document, encode
-from replication.errors import IntegrityError, ReplicationError
+from replication.errors import IntegrityError, PeerError, ReplicationError
 from replication.frame import ATTEMPT_BYTES, DISK_COUNT_MAX
+from replication.manifest import BASIS_BYTES, NO_BASIS
 from replication.watermark import NO_ATTEMPT
 
 BlockSets = dict[int, BlockSet]
@@ -41,7 +45,7 @@ _DIGEST_BYTES = 16
 _MAGIC = b"USS1"
 _SETS_MAGIC = b"USR1"
 _VERSION = 1
-_BEGIN_ANEW = "remove {path} to begin a new generation, which sends the disks again"
+_BEGIN_ANEW = "remove {path}: the disks are then compared with the second site, and replicated anew"
 _JSON_BYTES_MAX = 1 << 20
 _SET_LENGTH = struct.Struct("<HxxxxxxQ")
 
@@ -77,6 +81,36 @@ class Pending:
     whole: bool
 
 
+class Stage(StrEnum):
+    """How far a resync has come."""
+
+    REQUIRED = "required"
+    """Nothing is sent until it may begin: changes alone would claim what is not so."""
+
+    COMPARING = "comparing"
+    """Its generation has begun; the changeset that closes the one before is all that is sent."""
+
+    SENDING = "sending"
+    """What differs is in ``todo``; it ends when all of that has been sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resync:
+    """A resync that is required or under way.
+
+    cause, reason: why, as a code and in words.
+    ordered:       somebody wants it now, whatever the window.
+    cursor:        while comparing: bytes over all disks, one after another, whose differences from
+                   the state ``Position.basis`` are in ``todo``.
+    """
+
+    cause: ResyncCause
+    reason: str
+    ordered: bool = False
+    stage: Stage = Stage.REQUIRED
+    cursor: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """Where the stream stands.
@@ -91,6 +125,10 @@ class Position:
     seeded:      whether the initial replication of the generation is complete.
     audit_chunk: where the audit goes on, counting chunks over all disks.
     identities:  the disks as they were when tracking last went on without interruption.
+    basis:       names the state at the second site that the generation counts from; NO_BASIS where
+                 it began with all blocks.
+    resync:      required or under way; None while all goes well.
+    resync_request: newest order to resync that was taken up.
     """
 
     generation: int = 0
@@ -104,6 +142,14 @@ class Position:
     audit_chunk: int = 0
     pending: Pending | None = None
     identities: Mapping[int, DeviceIdentity] = field(default_factory=dict)
+    basis: bytes = NO_BASIS
+    resync: Resync | None = None
+    resync_request: int = 0
+
+    @property
+    def stage(self) -> Stage | None:
+        """Of the resync; None where there is none."""
+        return self.resync.stage if self.resync is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +325,24 @@ def _unsealed(magic: bytes, data: bytes) -> tuple[bytes, bytes]:
     return data[_HEADER.size : end], data[end:]
 
 
+def _resync_tree(resync: Resync) -> dict[str, object]:
+    return {
+        "cause": resync.cause.value,
+        "reason": resync.reason,
+        "ordered": resync.ordered,
+        "stage": resync.stage.value,
+        "cursor": resync.cursor,
+    }
+
+
+def _read_resync(tree: Document) -> Resync:
+    try:
+        cause, stage = ResyncCause(tree.text("cause")), Stage(tree.text("stage"))
+    except ValueError as error:
+        raise PeerError(f"state.resync: {error}") from error
+    return Resync(cause, tree.text("reason"), tree.flag("ordered"), stage, tree.uint("cursor"))
+
+
 def _pack(position: Position, todo: BlockSets) -> bytes:
     pending = position.pending
     public = encode(
@@ -303,6 +367,9 @@ def _pack(position: Position, todo: BlockSets) -> bytes:
                 {"disk": disk, "identity": identity.as_json()}
                 for disk, identity in sorted(position.identities.items())
             ],
+            "basis": position.basis.hex(),
+            "resync": position.resync and _resync_tree(position.resync),
+            "resync_request": position.resync_request,
         }
     )
     return _sealed(_MAGIC, public, _pack_sets(todo))
@@ -332,5 +399,8 @@ def _unpack(data: bytes) -> tuple[Position, BlockSets]:
             item.uint("disk"): DeviceIdentity.from_json(item.document("identity").tree)
             for item in tree.documents("identities", DISK_COUNT_MAX)
         },
+        basis=tree.hex("basis", BASIS_BYTES) if "basis" in tree else NO_BASIS,
+        resync=_read_resync(tree.document("resync")) if "resync" in tree else None,
+        resync_request=tree.uint("resync_request") if "resync_request" in tree else 0,
     )
     return position, _unpack_sets(packed)
