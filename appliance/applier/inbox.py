@@ -28,6 +28,7 @@ from replication.cache_layout import (
     machine_prefix,
     manifest_name,
     manifest_number,
+    sums_generation,
 )
 from replication.envelope import AttemptKey
 from replication.errors import IntegrityError, PeerError
@@ -60,6 +61,7 @@ class Inbox:
     """What waits for one machine.
 
     containers: all of the machine's, as of the last look.
+    sums:       generations whose sums are in the cache.
     passed_over: containers that wait and are too many to be listed in one look.
     newest:     the newest changeset that names tell of, or its container's first: unproven.
     authentic:  the newest changeset whose manifest was opened.
@@ -79,6 +81,7 @@ class Inbox:
         self._told: set[tuple[Stamp, str]] = set()
         self._faults: list[Fault] = []
         self.containers: list[str] = []
+        self.sums: list[int] = []
         self.passed_over = 0
         self.newest = NOTHING
         self.authentic = NOTHING
@@ -88,6 +91,7 @@ class Inbox:
         names = await self._account.containers(machine_prefix(self._machine))
         lasts = {name: last for name in names if (last := container_last(name)) is not None}
         self.containers = sorted(lasts, key=lambda name: lasts[name])
+        self.sums = [found for name in names if (found := sums_generation(name)) is not None]
         waiting = [name for name in self.containers if lasts[name] > head]
         # The newest generation first: its stream has taken the place of the older ones. But
         # whoever can make containers must not hide those that go on from here behind them.

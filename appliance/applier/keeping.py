@@ -13,6 +13,7 @@ from appliance.applier.config import ApplierConfig
 from appliance.applier.event_record import EventRecord
 from appliance.applier.metrics import ApplierMetrics
 from appliance.applier.repair_book import RepairBook
+from appliance.applier.resync_record import ResyncRecord
 from appliance.applier.scrub import SLICE_BYTES_MAX, Scrub
 from appliance.applier.settled import settled
 from appliance.applier.store.machine_store import MachineStore
@@ -47,6 +48,7 @@ class Keeping:
         self._events = EventRecord(store.folder)
         self._book = RepairBook(store.folder)
         self._book.ask_again()
+        self.resync = ResyncRecord(store.folder)
         self._scrub = Scrub()
         self._background: asyncio.Task[None] | None = None
         self._tended_at = 0.0
@@ -73,7 +75,21 @@ class Keeping:
 
     @property
     def lost(self) -> str:
-        return self._book.lost
+        """Why only a resync helps, or empty; not while one is under way that brings it all."""
+        head = self._store.head
+        begun = self.resync.find(head.stamp.generation) if head else None
+        return "" if begun is not None and not begun.settled else self._book.lost
+
+    def damaged(self) -> tuple[RepairRun, ...]:
+        """All blocks that are known to be wrong or unreadable here."""
+        return (
+            *self._book.open_runs,
+            *(
+                RepairRun(damage.disk, damage.block, 1)
+                for damage in self._store.damages()
+                if damage.disk >= 0
+            ),
+        )
 
     @property
     def newest_event(self) -> str:
@@ -93,11 +109,20 @@ class Keeping:
     async def check(self, position: int, manifest: Manifest) -> None:
         """After a changeset was sealed: is it, with all below it, what the source had?"""
         self._book.fit(manifest.disks)
-        # A new generation brings what differs; what cannot be read it cannot compare.
-        renewed = manifest.since == 0
-        runs = self._book.open_runs if renewed else self._book.fulfilled(manifest.repaired)
+        begun = self.resync.find(manifest.stamp.generation)
+        if manifest.since == 0 and not manifest.resync:
+            runs = self._book.open_runs  # all blocks come
+        else:
+            runs = self._book.fulfilled(manifest.repaired)
+        settles = begun is not None and not begun.settled and _is_comparable(manifest)
+        if settles and begun is not None:
+            # Whatever its sums called different has been sent by now.
+            sent = set(begun.runs or ())
+            runs = tuple({*runs, *(run for run in self._book.open_runs if run in sent)})
         findings = await settled(self._check, position, manifest, runs)
         self._take(findings, closing=runs)
+        if settles and begun is not None:
+            self.resync.settle(begun)
         self._count()
 
     def tend(self, *, busy: bool) -> None:

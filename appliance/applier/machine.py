@@ -27,12 +27,15 @@ from appliance.applier.metrics import ApplierMetrics
 from appliance.applier.settled import settled
 from appliance.applier.store.machine_store import MachineStore
 from appliance.applier.succession import Gap
+from appliance.applier.sums_publisher import SumsPublisher
 from appliance.applier.watermark_blob import WatermarkBlob
 from daemon.service import Health
 from replication.bookmark import NOTHING, Stamp
-from replication.cache_layout import container_last, manifest_name
+from replication.cache_layout import container_last, manifest_name, sums_container
+from replication.control.report import ResyncCause
 from replication.errors import PeerError, ReplicationError, StorageError, UnavailableError
-from replication.watermark import NO_ATTEMPT, Watermark
+from replication.manifest import NO_BASIS
+from replication.watermark import NO_ATTEMPT, Watermark, WatermarkKey
 
 REOPEN_SECONDS = 10.0
 """Between two attempts to open a store that is locked or unusable."""
@@ -72,7 +75,10 @@ class MachineApplier:
         self._wake = asyncio.Event()
         self._lease = MachineLease(shared.account, machine.id, shared.owner, self._wake)
         self._inbox = Inbox(shared.account, machine.id, data_key, machine.data_key_file)
+        self._data_key = data_key
         self._watermark = WatermarkBlob(shared.account)
+        self._watermark_key = WatermarkKey(data_key, machine.id)
+        self._sums: SumsPublisher | None = None
         self._asking = Asking(shared.config.reask_seconds, shared.config.gap_seconds_max)
         self._bad: dict[str, str] = {}
         self._malformed: dict[Stamp, str] = {}
@@ -133,6 +139,14 @@ class MachineApplier:
         keeping: Keeping | None = None
         try:
             keeping = Keeping(store, shared.config, shared.metrics, machine.name)
+            self._sums = SumsPublisher(
+                store,
+                shared.account,
+                machine.id,
+                self._data_key,
+                keeping=keeping,
+                look_seconds=shared.config.sweep_seconds,
+            )
             self._look_at = 0.0
             while self._lease.ownership is not Ownership.TAKEN:
                 self._count_lease()
@@ -152,6 +166,8 @@ class MachineApplier:
         moved, warning = False, ""
         try:
             moved = await self._go_on(store, keeping)
+            if not moved and self._sums is not None:
+                moved = await self._sums.tend()
         except UnavailableError as error:
             warning = str(error)
         keeping.tend(busy=moved)
@@ -185,6 +201,8 @@ class MachineApplier:
 
     async def _apply(self, store: MachineStore, keeping: Keeping, opened: Opened) -> bool:
         manifest = opened.manifest
+        if not manifest.resync and not keeping.resync.fits(manifest):
+            return self._refuse_basis(keeping, manifest.stamp)
         found = await find_segments(self._shared.account, opened)
         still_bad = [
             name for name, version in found.versions.items() if self._bad.get(name) == version
@@ -202,6 +220,8 @@ class MachineApplier:
                     return self._refuse(keeping, opened, faults, found.versions)
                 if self._lease.ownership is Ownership.TAKEN:
                     return False
+                if manifest.resync:
+                    await settled(keeping.resync.begin, manifest.stamp, manifest.attempt)
                 try:
                     position = await settled(
                         writer.seal,
@@ -224,6 +244,13 @@ class MachineApplier:
         _log.debug("applied", machine=self._machine.name, changeset=str(manifest.stamp))
         return True
 
+    def _refuse_basis(self, keeping: Keeping, stamp: Stamp) -> bool:
+        why = "its source has compared with another state than this store's"
+        self._event(keeping, "basis", f"changeset {stamp}: {why}")
+        self._malformed[stamp] = why
+        self._inbox.refuse(stamp, why)
+        return True
+
     def _refuse(
         self, keeping: Keeping, opened: Opened, faults: Faults, versions: Mapping[str, str]
     ) -> bool:
@@ -244,6 +271,7 @@ class MachineApplier:
         """Publish the watermark; what the cache does not take is said again later."""
         head = store.head
         lost = self._lost(keeping)
+        cause = ResyncCause.INTEGRITY if lost == keeping.lost else ResyncCause.STREAM_LOST
         await self._watermark.say(
             Watermark(
                 machine=self._machine.id,
@@ -254,7 +282,9 @@ class MachineApplier:
                 repair=keeping.repair,
                 lost=lost,
                 lost_generation=max(self._inbox.authentic, _head(store)).generation if lost else 0,
-            )
+                lost_cause=cause.value if lost else "",
+                sums=self._sums.basis if self._sums is not None else NO_BASIS,
+            ).signed(self._watermark_key)
         )
 
     def _lost(self, keeping: Keeping) -> str:
@@ -275,6 +305,12 @@ class MachineApplier:
             name
             for name in self._inbox.containers
             if (last := container_last(name)) is not None and last < head
+        ]
+        needed = self._sums is not None and self._sums.is_needed
+        passed += [
+            sums_container(self._machine.id, generation)
+            for generation in self._inbox.sums
+            if generation < head.generation or (generation == head.generation and not needed)
         ]
         self._undropped = ""
         for name in passed[:DROPS_MAX]:
