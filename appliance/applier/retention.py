@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 HOUR_SECONDS = 3600
 DAY_SECONDS = 24 * HOUR_SECONDS
 RETENTION_DAYS_MAX = 15
+RETENTION_SECONDS_MAX = RETENTION_DAYS_MAX * DAY_SECONDS
 FINE_DAYS = 7
 """Retentions above this keep one point per 2 hours for so long, then one per 4 hours."""
 
@@ -34,13 +35,22 @@ class RetentionPolicy(Section):
     """How long and how densely recovery points are kept.
 
     retention_days:          0 keeps the latest alone; at most 15.
+    retention_seconds:       the same more finely; takes the place of ``retention_days``.
     all_points_seconds:      so long every point of the crash frequency is kept.
     crash_frequency_seconds: one crash-consistent point per so much; 0 keeps every one.
     """
 
     retention_days: Annotated[int, Field(ge=0, le=RETENTION_DAYS_MAX)] = 1
+    retention_seconds: Annotated[int, Field(ge=0, le=RETENTION_SECONDS_MAX)] | None = None
     all_points_seconds: Annotated[int, Field(ge=0)] = 2 * HOUR_SECONDS
     crash_frequency_seconds: Annotated[int, Field(ge=0)] = 300
+
+    @property
+    def window_seconds(self) -> int:
+        """How old a point may become."""
+        if self.retention_seconds is not None:
+            return self.retention_seconds
+        return self.retention_days * DAY_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +72,7 @@ def kept(points: Sequence[Candidate], now_ns: int, policy: RetentionPolicy) -> s
     if not restorable:
         return set()
     newest = max(restorable, key=lambda point: point.position)
-    if policy.retention_days == 0:
+    if policy.window_seconds == 0:
         return {newest.position}
     latest = max(restorable, key=lambda point: point.time_ns)  # another one after a clock was set
     reference_ns = min(now_ns, latest.time_ns)
@@ -91,7 +101,7 @@ def _rank(point: Candidate, other: Candidate) -> bool:
 
 
 def _thin_grain_seconds(policy: RetentionPolicy) -> int:
-    return HOUR_SECONDS if policy.retention_days == 1 else 2 * HOUR_SECONDS
+    return HOUR_SECONDS if policy.window_seconds <= DAY_SECONDS else 2 * HOUR_SECONDS
 
 
 def _is_young(time_ns: int, reference_ns: int, policy: RetentionPolicy) -> bool:
@@ -103,13 +113,14 @@ def _is_young(time_ns: int, reference_ns: int, policy: RetentionPolicy) -> bool:
 
 def _grain_seconds(time_ns: int, reference_ns: int, policy: RetentionPolicy) -> int | None:
     """Seconds per kept point at that age; 0 for every point, None past the window."""
-    if reference_ns - time_ns > policy.retention_days * DAY_SECONDS * _NS:
+    if reference_ns - time_ns > policy.window_seconds * _NS:
         return None
     if _is_young(time_ns, reference_ns, policy):
         return policy.crash_frequency_seconds
     coarse = 4 * HOUR_SECONDS
     fine_until_ns = reference_ns - FINE_DAYS * DAY_SECONDS * _NS
-    if policy.retention_days > FINE_DAYS and _bucket_end_ns(time_ns, coarse) <= fine_until_ns:
+    is_long = policy.window_seconds > FINE_DAYS * DAY_SECONDS
+    if is_long and _bucket_end_ns(time_ns, coarse) <= fine_until_ns:
         return coarse
     return _thin_grain_seconds(policy)
 

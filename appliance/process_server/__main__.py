@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import sys
 
+from appliance.process_server.admission import Admission
 from appliance.process_server.cache_account import CacheAccount, open_cache_account
 from appliance.process_server.config import Config
 from appliance.process_server.disk_threads import DiskThreads
@@ -56,6 +57,7 @@ async def _serve_with(
     )
     watcher = Watcher(cache, uploader, config.cache, persistence, measures, health=service.health)
     room = Room(config.spool.bytes_max)
+    admission = Admission(config.machines or None)
 
     async def tend(stream: Stream) -> None:
         part = f"spool of {stream.machine}"
@@ -69,12 +71,18 @@ async def _serve_with(
 
     async with asyncio.TaskGroup() as tasks:
         streams = Streams(
-            spool, room, disk, cache, lambda stream: tending.append(tasks.create_task(tend(stream)))
+            spool,
+            room,
+            disk,
+            cache,
+            limits=config.limits,
+            on_new=lambda stream: tending.append(tasks.create_task(tend(stream))),
+            expected=lambda: len(admission.machines or ()),
         )
         tending: list[asyncio.Task[None]] = []
         await streams.restore()
         tending.append(tasks.create_task(_gauge(service.health, measures, streams)))
-        receiver = Receiver(streams, config.limits, config.machines, measures)
+        receiver = Receiver(streams, config.limits, admission, measures)
         async with listen(config.listen, config.tls, config.limits, receiver.handle) as port:
             service.ready(f"agents on port {port}")
             await service.stop.wait()

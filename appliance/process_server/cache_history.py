@@ -2,10 +2,13 @@
 
 The newest changeset that everything before leads up to: from the applier's watermark on, each
 whole changeset (manifest and all segments there) that may follow on the one before. What lies
-beyond a gap is not counted, so that the agent sends from the gap on.
+beyond a gap is not counted, so that the agent sends from the gap on. The watermark alone, which
+nobody here can authenticate, makes no changeset acknowledged: where none follows on it, the agent,
+which can, goes on from it.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import xxhash
 
@@ -26,26 +29,29 @@ from replication.manifest import Manifest, read_public
 from replication.watermark import Watermark
 
 
-async def read_history(cache: CacheAccount, machine: MachineId) -> Ledger:
-    """Raise UnavailableError or StorageError when the cache does not answer."""
+async def read_history(cache: CacheAccount, machine: MachineId) -> tuple[Ledger, Watermark]:
+    """Also the watermark as it is; UnavailableError or StorageError while the cache is away."""
     watermark = await _read_watermark(cache, machine)
-    position = Position(applied=watermark.applied).after_applied(
-        watermark.applied, watermark.attempt
-    )
-    ledger = Ledger(position, watermark.restorable_ns)
+    ledger = Ledger(Position())
     for container in await cache.containers(machine_prefix(machine)):
         last = container_last(container)
-        if last is None or last <= position.applied:
+        if last is None or last <= watermark.applied:
             continue
         sizes = await cache.sizes(container)
         first = last.number - CONTAINER_CHANGESETS + 1
         numbers = sorted(n for name in sizes if (n := manifest_number(name)) is not None)
         for number in numbers:
             stamp = Stamp(last.generation, number)
-            if first <= number <= last.number and stamp > ledger.position.committed:
+            reached = max(ledger.position.committed, watermark.applied)
+            if first <= number <= last.number and stamp > reached:
                 content = await cache.manifest(container, manifest_name(number))
-                ledger = _follow(ledger, machine, stamp, content, sizes)
-    return ledger
+                found = _read_whole(machine, stamp, content, sizes)
+                if found is not None and _follows(reached, found):
+                    digest = xxhash.xxh3_128_digest(content or b"")
+                    position = ledger.position.after_commit(found, digest)
+                    ledger = Ledger(position, found.bookmark.time_ns)
+    position = ledger.position.after_applied(watermark.applied)
+    return replace(ledger, position=position), watermark
 
 
 async def _read_watermark(cache: CacheAccount, machine: MachineId) -> Watermark:
@@ -61,28 +67,23 @@ async def _read_watermark(cache: CacheAccount, machine: MachineId) -> Watermark:
         ) from error
 
 
-def _follow(
-    ledger: Ledger,
-    machine: MachineId,
-    stamp: Stamp,
-    content: bytes | None,
-    sizes: Mapping[str, int],
-) -> Ledger:
-    """``ledger`` with the changeset ``stamp`` if it is whole and may come next."""
+def _read_whole(
+    machine: MachineId, stamp: Stamp, content: bytes | None, sizes: Mapping[str, int]
+) -> Manifest | None:
+    """The manifest of ``stamp``; None unless it and all its segments are there."""
     try:
         manifest = read_public(content or b"")
     except PeerError:
-        return ledger  # damaged: as good as not there, and sent again
-    if (manifest.machine, manifest.stamp) != (machine, stamp) or not _is_whole(manifest, sizes):
-        return ledger
-    committed = ledger.position.committed
-    if stamp.generation > committed.generation + GENERATION_LEAP_MAX:
-        return ledger
-    reached = committed.number if committed.generation == stamp.generation else 0
-    if manifest.since > reached:
-        return ledger
-    digest = xxhash.xxh3_128_digest(content or b"")
-    return Ledger(ledger.position.after_commit(manifest, digest), manifest.bookmark.time_ns)
+        return None  # damaged: as good as not there, and sent again
+    mine = (manifest.machine, manifest.stamp) == (machine, stamp)
+    return manifest if mine and _is_whole(manifest, sizes) else None
+
+
+def _follows(reached: Stamp, manifest: Manifest) -> bool:
+    generation = manifest.stamp.generation
+    if generation > reached.generation + GENERATION_LEAP_MAX:
+        return False
+    return manifest.since <= (reached.number if reached.generation == generation else 0)
 
 
 def _is_whole(manifest: Manifest, sizes: Mapping[str, int]) -> bool:

@@ -89,6 +89,14 @@ class LimitConfig(Section):
     header_seconds_max:             from the connection to its first whole request, and again for
                                     the TLS handshake.
     idle_seconds_max:               how long a connection without a request stays open.
+
+    Of each machine, so that none takes what others need:
+
+    machine_spool_share_max:        of the spool, while other machines send too.
+    machine_turns_max:              of ``segments_in_flight_max``, received at once.
+    machine_waiting_max:            requests that wait for a turn.
+    machine_attempts_max:           changesets begun and not committed.
+    machine_attempt_bytes_max:      their segments together.
     """
 
     body_rate_bytes_per_second_min: int = Field(default=64 << 10, ge=1)
@@ -97,6 +105,11 @@ class LimitConfig(Section):
     header_seconds_max: float = Field(default=10.0, gt=0)
     idle_seconds_max: float = Field(default=120.0, gt=0)
     retry_after_seconds: int = Field(default=1, ge=1)
+    machine_spool_share_max: float = Field(default=0.5, gt=0, le=1)
+    machine_turns_max: int = Field(default=4, ge=1, le=256)
+    machine_waiting_max: int = Field(default=32, ge=0, le=4096)
+    machine_attempts_max: int = Field(default=8, ge=1, le=1024)
+    machine_attempt_bytes_max: int = Field(default=4 << 30, ge=SEGMENT_BYTES_MAX)
 
 
 class Config(DaemonConfig):

@@ -3,7 +3,7 @@
 Source: FORMAT.md §9, "Order".
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from replication.bookmark import GENERATION_LEAP_MAX, NOTHING, MachineId, Stamp
@@ -21,7 +21,9 @@ class Position:
     committed: newest changeset acknowledged here or found in the cache.
     attempt:   its attempt; NO_ATTEMPT where none or not known.
     digest:    xxh3-128 of its manifest; NO_DIGEST where not known.
-    applied:   newest changeset known to be applied; never above ``committed``.
+    applied:   newest changeset known to be applied; never above ``committed``. Nobody here can tell
+               whether a watermark is the applier's, for that takes the data key. So a watermark
+               says which of the changesets that are here may go, and never that there are more.
     """
 
     committed: Stamp = NOTHING
@@ -32,24 +34,26 @@ class Position:
     def after_commit(self, manifest: Manifest, digest: bytes) -> "Position":
         return Position(manifest.stamp, manifest.attempt, digest, self.applied)
 
-    def after_applied(self, applied: Stamp, attempt: bytes) -> "Position":
+    def after_applied(self, applied: Stamp) -> "Position":
         """Learn that ``applied`` is in the store; older news changes nothing."""
-        if applied > self.committed:
-            return Position(applied, attempt, NO_DIGEST, applied)
-        newest = max(applied, self.applied)
-        return Position(self.committed, self.attempt, self.digest, newest)
+        return replace(self, applied=max(self.applied, min(applied, self.committed)))
 
-    def awaits(self, number: int) -> bool:
-        """Whether ``number`` can be that of a changeset that is acknowledged and not applied."""
-        same = self.applied.generation == self.committed.generation
-        return (self.applied.number if same else 0) < number <= self.committed.number
+    def awaits(self, number: int, applied: Stamp) -> bool:
+        """Whether ``number`` can be that of a changeset that is acknowledged and not applied.
 
-    def fallen_back(self, attempt: bytes) -> "Position":
+        ``applied`` is what the one who asks for it has: less than the most that was ever told,
+        where another one's watermark has told it.
+        """
+        reached = applied.number if applied.generation == self.committed.generation else 0
+        return applied < self.committed and reached < number <= self.committed.number
+
+    def fallen_back(self, applied: Stamp, attempt: bytes) -> "Position":
         """What is left when changesets after ``applied`` are lost for good: ``applied`` itself.
 
         The agent, which keeps their block sets, sees from it that it must send them again.
         """
-        return Position(self.applied, attempt, NO_DIGEST, self.applied)
+        assert applied <= self.committed
+        return Position(applied, attempt, NO_DIGEST, applied)
 
 
 class Verdict(Enum):

@@ -3,11 +3,9 @@
 Source: FORMAT.md §9.
 """
 
-import asyncio
 import contextlib
-import uuid
-from collections.abc import AsyncIterator, Collection
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import structlog
 import xxhash
@@ -19,37 +17,40 @@ from appliance.process_server.address import (
     StateAddress,
     read_address,
 )
+from appliance.process_server.admission import Admission, Shown
 from appliance.process_server.body import declared_length, read_body
 from appliance.process_server.config import LimitConfig
 from appliance.process_server.disk_threads import settle
 from appliance.process_server.measures import Measures
 from appliance.process_server.order import Verdict
-from appliance.process_server.refusal import CLOSING, WAITING, Kind, RefusedError, kind_of
+from appliance.process_server.refusal import CLOSING, WAITING, Kind, kind_of
 from appliance.process_server.segment_file import AttemptId, Segment, SegmentFile
 from appliance.process_server.stream import Stream, refuse_other_bytes
 from appliance.process_server.streams import Streams
+from appliance.process_server.turns import Turns
+from replication.bookmark import MachineId
 from replication.errors import IntegrityError, PeerError, ReplicationError
 from replication.manifest import MANIFEST_BYTES_MAX, SEGMENT_BYTES_MAX, read_public
 from replication.stream import ATTEMPT_HEADER, DIGEST_HEADER, Refusal
 
+if TYPE_CHECKING:
+    import asyncio
+
+_EVERYDAY = frozenset({Kind.SPOOL_FULL, Kind.QUOTA})
 _log = structlog.get_logger()
 
 
 class Receiver:
-    """Answers agents. ``machines``: who may send; empty: each with a certificate of the CA."""
+    """Answers agents."""
 
     def __init__(
-        self,
-        streams: Streams,
-        limits: LimitConfig,
-        machines: Collection[uuid.UUID],
-        measures: Measures,
+        self, streams: Streams, limits: LimitConfig, admission: Admission, measures: Measures
     ) -> None:
         self._streams = streams
         self._limits = limits
-        self._machines = frozenset(machines)
+        self._admission = admission
         self._measures = measures
-        self._turns = asyncio.Semaphore(limits.segments_in_flight_max)
+        self._turns = Turns(limits)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; what is refused is told in the body."""
@@ -63,7 +64,7 @@ class Receiver:
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
         address = read_address(request.method, request.raw_path)
-        self._admit(request, address.machine)
+        self._admission.check(_shown(request), address.machine)
         stream = await self._streams.find(address.machine)
         if isinstance(address, SegmentAddress):
             created = await self._receive(request, stream, address)
@@ -73,21 +74,6 @@ class Receiver:
             return _render_state(stream, 201 if created else 200)
         assert isinstance(address, StateAddress)
         return _render_state(stream, 200)
-
-    def _admit(self, request: web.BaseRequest, machine: uuid.UUID) -> None:
-        name = _common_name(request)
-        if name != str(machine):
-            raise RefusedError(
-                Kind.FORBIDDEN,
-                f"the certificate is of {name!r:.80}: it may not touch the stream of {machine}",
-                hint="issue one with `understudy pki issue --machine UUID`",
-            )
-        if self._machines and machine not in self._machines:
-            raise RefusedError(
-                Kind.FORBIDDEN,
-                f"machine {machine} is not among those that this server is configured for",
-                hint="add it to `machines` in the process server's configuration",
-            )
 
     async def _receive(
         self, request: web.BaseRequest, stream: Stream, address: SegmentAddress
@@ -102,7 +88,7 @@ class Receiver:
             refuse_other_bytes(there, digest)
             await self._streams.disk.run(self._streams.spool.sync, attempt)
             return False
-        async with self._turn():
+        async with self._turn(address.machine):
             reserved = await self._streams.reserve(stream, attempt, length)
             try:
                 await _invite_body(request)
@@ -145,7 +131,8 @@ class Receiver:
         self, request: web.BaseRequest, stream: Stream, address: CommitAddress
     ) -> bool:
         length = declared_length(request, MANIFEST_BYTES_MAX)
-        async with self._turn():
+        async with self._turn(address.machine):
+            stream.room.check_commit(length, self._streams.part_of(stream))
             await _invite_body(request)
             pieces: list[bytes] = []
             async for more in read_body(request, length, self._limits):
@@ -165,8 +152,8 @@ class Receiver:
         return verdict is Verdict.FOLLOWS
 
     @contextlib.asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        async with self._turns:
+    async def _turn(self, machine: MachineId) -> AsyncIterator[None]:
+        async with self._turns.take(machine):
             self._measures.bodies_in_flight.inc()
             try:
                 yield
@@ -177,7 +164,7 @@ class Receiver:
         self, request: web.BaseRequest, kind: Kind, error: ReplicationError
     ) -> web.Response:
         self._measures.refusals.labels(code=kind.code).inc()
-        if kind is not Kind.SPOOL_FULL:  # the everyday one is in the metrics and the health
+        if kind not in _EVERYDAY:  # those are in the metrics and the health
             _log.info("refused", code=kind.code, reason=str(error), path=request.raw_path[:200])
         refusal = Refusal(kind.code, str(error.args[0]), error.hint or "")
         response = web.Response(
@@ -195,12 +182,8 @@ def _render_state(stream: Stream, status: int) -> web.Response:
     return web.Response(status=status, body=body, content_type="application/json")
 
 
-def _common_name(request: web.BaseRequest) -> str:
-    """The one common name of the client's certificate; empty when it has none or several."""
-    certificate = request.transport.get_extra_info("peercert") if request.transport else None
-    subject: Any = (certificate or {}).get("subject", ())
-    names = [value for part in subject for key, value in part if key == "commonName"]
-    return str(names[0]) if len(names) == 1 else ""
+def _shown(request: web.BaseRequest) -> Shown:
+    return Shown.of(request.transport.get_extra_info("peercert") if request.transport else None)
 
 
 def _hex_header(request: web.BaseRequest, name: str, size_bytes: int) -> bytes:

@@ -21,6 +21,7 @@ class Kind(Enum):
 
     PEER = 400, "peer"
     FORBIDDEN = 403, "forbidden"
+    REVOKED = 403, "revoked"
     NOT_FOUND = 404, "not_found"
     TOO_SLOW = 408, "too_slow"
     OUT_OF_ORDER = 409, "out_of_order"
@@ -29,6 +30,7 @@ class Kind(Enum):
     TOO_LARGE = 413, "too_large"
     INTEGRITY = 422, "integrity"
     SPOOL_FULL = 429, "spool_full"
+    QUOTA = 429, "quota"
     STORAGE = 507, "storage"
     UNAVAILABLE = 503, "unavailable"
 
@@ -41,10 +43,10 @@ class Kind(Enum):
         return self.value[1]
 
 
-CLOSING = frozenset({Kind.TOO_SLOW, Kind.TOO_LARGE, Kind.LENGTH_REQUIRED})
+CLOSING = frozenset({Kind.TOO_SLOW, Kind.TOO_LARGE, Kind.LENGTH_REQUIRED, Kind.REVOKED})
 """After these the rest of the request is not worth reading: the connection is closed."""
 
-WAITING = frozenset({Kind.SPOOL_FULL, Kind.UNAVAILABLE, Kind.STORAGE})
+WAITING = frozenset({Kind.SPOOL_FULL, Kind.QUOTA, Kind.UNAVAILABLE, Kind.STORAGE})
 """These pass by themselves: the client is told when to try again."""
 
 

@@ -15,7 +15,6 @@ does not count. Methods block: call them in threads.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -28,6 +27,7 @@ import xxhash
 from appliance.process_server.order import Position
 from appliance.process_server.segment_file import AttemptId, Segment, SegmentFile
 from daemon.durable import make_folder, storage_error, sync_folder, write_whole
+from daemon.folder_lock import FolderLock
 from replication.bookmark import Stamp
 from replication.document import Document
 from replication.errors import ConfigError, IntegrityError, OutOfOrderError, PeerError, StorageError
@@ -85,12 +85,16 @@ class Spool:
         self.folder = folder
         self._incoming = os.path.join(folder, INCOMING_FOLDER)
         make_folder(self._incoming)
-        self._lock_fd = _lock(os.path.join(folder, "lock"))
+        in_use = ConfigError(
+            f"the spool {folder} is in use by another process",
+            hint="a spool belongs to one process server: end the other or configure another folder",
+        )
+        self._lock = FolderLock(folder, in_use)
         for name in os.listdir(self._incoming):
             os.unlink(os.path.join(self._incoming, name))
 
     def close(self) -> None:
-        os.close(self._lock_fd)
+        self._lock.close()
 
     def load(self) -> list[StoredMachine]:
         """Read everything that is there; raise IntegrityError when a part of it is damaged."""
@@ -231,22 +235,6 @@ class Spool:
             raise
         except OSError as error:
             raise storage_error("read", path, error) from error
-
-
-def _lock(path: str) -> int:
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise storage_error("open", path, error) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise ConfigError(
-            f"the spool {os.path.dirname(path)} is in use by another process",
-            hint="a spool belongs to one process server: end the other or configure another folder",
-        ) from error
-    return fd
 
 
 def _load_ledger(path: str) -> Ledger | None:

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from appliance.process_server.disk_threads import DiskThreads
 from appliance.process_server.order import Position, Verdict, judge_commit, judge_segment
 from appliance.process_server.refusal import Kind, RefusedError
-from appliance.process_server.room import Reservation, Room
+from appliance.process_server.room import MachineRoom, Reservation, Room
 from appliance.process_server.segment_file import AttemptId, Segment, SegmentFile
 from appliance.process_server.spool import Ledger, Spool, StoredAttempt, StoredMachine
 from replication.bookmark import MachineId, Stamp
 from replication.errors import OutOfOrderError, PeerError
 from replication.manifest import Manifest, SegmentEntry
 from replication.stream import StreamState
-from replication.watermark import NO_ATTEMPT, Watermark
+from replication.watermark import Watermark
 
 MISSING_TOLD_MAX = 8
 _order = itertools.count()
@@ -47,6 +47,7 @@ class OpenAttempt:
 class Changeset:
     """A committed changeset, and how far it is uploaded.
 
+    since:           the number that it counts from.
     uploaded:        indexes of segments that the cache has acknowledged.
     whole:           whether the manifest is there too.
     recheck_at:      when the cache is next asked whether it still has it all (loop time).
@@ -55,6 +56,7 @@ class Changeset:
 
     id: AttemptId
     segments: tuple[Segment, ...]
+    since: int
     time_ns: int
     manifest_bytes: int
     manifest_digest: bytes
@@ -88,7 +90,7 @@ class Stream:
         self.attempts: dict[tuple[Stamp, bytes], OpenAttempt] = {}
         self.held: dict[Stamp, Changeset] = {}
         self.committed = asyncio.Event()
-        self._room = room
+        self.room = MachineRoom(room)
         self._disk = disk
 
     async def restore(self, stored: StoredMachine) -> None:
@@ -180,7 +182,7 @@ class Stream:
             await self._disk.run(self.spool.write_manifest, attempt, content)
             self.attempts.pop(key, None)
             for surplus in opened.segments.values():
-                self._room.give_back(surplus.size_bytes)
+                self.room.give_back(surplus.size_bytes)
             self._hold(attempt, segments, manifest, digest, len(content))
             self.position = self.position.after_commit(manifest, digest)
             await self._drop(self._superseded())
@@ -191,13 +193,12 @@ class Stream:
         """Take note of the applier's watermark and drop what it has passed."""
         self.watermark = watermark
         async with self.lock:
-            position = self.position.after_applied(watermark.applied, watermark.attempt)
+            position = self.position.after_applied(watermark.applied)
             if position != self.position:
                 ledger = Ledger(position, self.durable_ns)
                 await self._disk.run(self.spool.write_ledger, self.machine, ledger)
                 self.position = position
                 await self._prune()
-                await self._drop(self._superseded())
 
     async def fall_back(self) -> None:
         """Something acknowledged is lost here and in the cache: go back to what is applied.
@@ -207,10 +208,9 @@ class Stream:
         """
         async with self.lock:
             watermark = self.watermark
-            attempt = (
-                watermark.attempt if watermark.applied == self.position.applied else NO_ATTEMPT
-            )
-            position = self.position.fallen_back(attempt)
+            if watermark.applied >= self.position.committed or self.leads_on(watermark.applied):
+                return
+            position = self.position.fallen_back(watermark.applied, watermark.attempt)
             ledger = Ledger(position, self.durable_ns)
             await self._disk.run(self.spool.write_ledger, self.machine, ledger)
             self.position = position
@@ -239,6 +239,14 @@ class Stream:
             )
         ]
 
+    def leads_on(self, applied: Stamp) -> bool:
+        """Whether something is held that can be applied next, so that nothing is lost for good."""
+        reached = {applied.generation: applied.number}
+        return any(
+            stamp > applied and one.since <= reached.get(stamp.generation, 0)
+            for stamp, one in self.held.items()
+        )
+
     @property
     def unapplied(self) -> bool:
         return bool(self.held)
@@ -254,20 +262,21 @@ class Stream:
         changeset = Changeset(
             id=attempt,
             segments=tuple(segments),
+            since=manifest.since,
             time_ns=manifest.bookmark.time_ns,
             manifest_bytes=manifest_bytes,
             manifest_digest=digest,
         )
         for segment in changeset.segments:
-            self._room.take(segment.size_bytes)
-        self._room.take(manifest_bytes)
+            self.room.take(segment.size_bytes)
+        self.room.take(manifest_bytes)
         self.held[attempt.stamp] = changeset
 
     def _reopen(self, stored: StoredAttempt) -> None:
         opened = OpenAttempt(stored.id, next(_order))
         for segment in stored.segments:
             opened.segments[segment.index] = segment
-            self._room.take(segment.size_bytes)
+            self.room.take(segment.size_bytes)
         self.attempts[(stored.id.stamp, stored.id.attempt)] = opened
 
     async def _prune(self) -> None:
@@ -279,8 +288,8 @@ class Stream:
         changeset = self.held.pop(stamp)
         await self._disk.run(self.spool.drop, changeset.id)
         for segment in changeset.segments:
-            self._room.give_back(segment.size_bytes)
-        self._room.give_back(changeset.manifest_bytes)
+            self.room.give_back(segment.size_bytes)
+        self.room.give_back(changeset.manifest_bytes)
 
     def _superseded(self) -> list[OpenAttempt]:
         newest = self.position.committed
@@ -291,7 +300,7 @@ class Stream:
             del self.attempts[(one.id.stamp, one.id.attempt)]
             await self._disk.run(self.spool.drop, one.id)
             for segment in one.segments.values():
-                self._room.give_back(segment.size_bytes)
+                self.room.give_back(segment.size_bytes)
 
 
 def refuse_other_bytes(there: Segment, digest: bytes) -> None:

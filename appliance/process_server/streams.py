@@ -1,11 +1,13 @@
-"""All machines' streams, and the room that they share."""
+"""All machines' streams, and the room that they share: no machine takes what others need."""
 
 import asyncio
 from collections.abc import Callable
 
 from appliance.process_server.cache_account import CacheAccount
 from appliance.process_server.cache_history import read_history
+from appliance.process_server.config import LimitConfig
 from appliance.process_server.disk_threads import DiskThreads
+from appliance.process_server.refusal import Kind, RefusedError
 from appliance.process_server.room import Reservation, Room
 from appliance.process_server.segment_file import AttemptId
 from appliance.process_server.spool import Spool
@@ -16,7 +18,8 @@ from replication.bookmark import MachineId
 class Streams:
     """Finds a machine's stream, and makes it at first contact.
 
-    on_new: called with each stream that comes into being.
+    on_new:   called with each stream that comes into being.
+    expected: how many machines are known to send; 0 when that is not known.
     """
 
     def __init__(
@@ -25,13 +28,18 @@ class Streams:
         room: Room,
         disk: DiskThreads,
         cache: CacheAccount,
+        *,
+        limits: LimitConfig,
         on_new: Callable[[Stream], None],
+        expected: Callable[[], int] = lambda: 0,
     ) -> None:
         self.room = room
         self.disk = disk
         self.spool = spool
         self._cache = cache
+        self._limits = limits
         self._on_new = on_new
+        self._expected = expected
         self._streams: dict[MachineId, Stream] = {}
         self._learning: dict[MachineId, asyncio.Lock] = {}
 
@@ -53,9 +61,10 @@ class Streams:
         async with self._learning.setdefault(machine, asyncio.Lock()):
             stream = self._streams.get(machine)
             if stream is None or not stream.known:
-                history = await read_history(self._cache, machine)
+                ledger, watermark = await read_history(self._cache, machine)
                 stream = stream or Stream(machine, self.spool, self.room, self.disk)
-                await stream.learn(history)
+                await stream.learn(ledger)
+                stream.watermark = watermark
                 if machine not in self._streams:
                     self._add(stream)
             return stream
@@ -63,13 +72,64 @@ class Streams:
     async def reserve(self, stream: Stream, attempt: AttemptId, size_bytes: int) -> Reservation:
         """Room for a segment, if need be at the cost of attempts that lead nowhere.
 
-        Raises RefusedError (spool_full).
+        Raises RefusedError: quota or spool_full while waiting helps, too_large when it does not.
         """
-        if not self.room.fits(size_bytes):
+        bytes_max = self.part_of(stream)
+        if not (
+            self.room.fits(size_bytes)
+            and stream.room.fits(size_bytes, bytes_max)
+            and self._attempts_fit(stream, attempt, size_bytes, bytes_max)
+        ):
             await stream.abandon(stream.dead_beside(attempt))
+        self._check_attempts(stream, attempt, size_bytes, bytes_max)
         if not self.room.fits(size_bytes) and self._is_stuck(stream, attempt):
             await self._abandon_youngest(stream)
-        return self.room.reserve(size_bytes)
+        return stream.room.reserve(size_bytes, bytes_max)
+
+    def part_of(self, stream: Stream) -> int:
+        """Bytes that a machine may fill: the whole room while no other one is known."""
+        is_alone = self._expected() <= 1 and all(one is stream for one in self.all)
+        share = 1.0 if is_alone else self._limits.machine_spool_share_max
+        return int(self.room.bytes_max * share)
+
+    def _attempts_fit(
+        self, stream: Stream, attempt: AttemptId, size_bytes: int, bytes_max: int
+    ) -> bool:
+        try:
+            self._check_attempts(stream, attempt, size_bytes, bytes_max)
+        except RefusedError:
+            return False
+        return True
+
+    def _check_attempts(
+        self, stream: Stream, attempt: AttemptId, size_bytes: int, bytes_max: int
+    ) -> None:
+        """Raise RefusedError when a machine has begun too much that it has not committed."""
+        limits = self._limits
+        mine = stream.attempts.get((attempt.stamp, attempt.attempt))
+        if mine is None and len(stream.attempts) >= limits.machine_attempts_max:
+            raise RefusedError(
+                Kind.QUOTA,
+                f"{len(stream.attempts)} changesets of machine {stream.machine} are begun and not "
+                "committed",
+                hint="commit one of them, or begin with the lowest number again",
+            )
+        most = min(limits.machine_attempt_bytes_max, bytes_max)
+        if mine is not None and mine.size_bytes + size_bytes > most:
+            raise RefusedError(
+                Kind.TOO_LARGE,
+                f"{attempt} has {mine.size_bytes} bytes already; it may have {most}",
+                hint="lower capture.changeset_bytes_max of the agent, or raise spool.bytes_max or "
+                "limits.machine_attempt_bytes_max of the process server",
+            )
+        begun_bytes = sum(one.size_bytes for one in stream.attempts.values())
+        if begun_bytes + size_bytes > limits.machine_attempt_bytes_max:
+            raise RefusedError(
+                Kind.QUOTA,
+                f"changesets of machine {stream.machine} that are not committed have {begun_bytes} "
+                f"bytes; they may have {limits.machine_attempt_bytes_max}",
+                hint="commit one of them",
+            )
 
     @property
     def all(self) -> tuple[Stream, ...]:

@@ -21,9 +21,9 @@ from appliance.process_server.stream import Changeset, Stream, held_in_order
 from appliance.process_server.uploader import Uploader, note_uploaded
 from daemon.service import Health
 from replication.cache_layout import (
+    blob_number,
     container_name,
     manifest_name,
-    manifest_number,
     segment_name,
 )
 from replication.errors import PeerError
@@ -145,15 +145,16 @@ class Watcher:
             )
 
     async def _give_up(self, stream: Stream, name: str, *, asked_before: bool) -> None:
-        """A manifest that neither cache nor spool has, asked for again: its changeset is lost."""
-        number = manifest_number(name)
-        lost = number is not None and stream.position.awaits(number)
-        if lost and asked_before:
+        """A blob that neither cache nor spool has, asked for again: its changeset is lost."""
+        number = blob_number(name)
+        applied = stream.watermark.applied
+        lost = number is not None and stream.position.awaits(number, applied)
+        if lost and asked_before and not stream.leads_on(applied):
             structlog.get_logger().warning(
                 "acknowledged changesets are lost; the agent sends them again",
                 machine=str(stream.machine),
                 lost=str(stream.position.committed),
-                applied=str(stream.position.applied),
+                applied=str(applied),
             )
             await stream.fall_back()
 

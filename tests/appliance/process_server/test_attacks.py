@@ -5,6 +5,7 @@ import gzip
 import time
 import uuid
 import zlib
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -15,9 +16,12 @@ from azure.storage.blob.aio import BlobServiceClient
 from appliance.process_server.cache_account import open_cache_account
 from appliance.process_server.cache_history import read_history
 from appliance.process_server.config import CacheConfig
+from appliance.process_server.disk_threads import DiskThreads
 from appliance.process_server.order import Position, read_watermark
+from appliance.process_server.room import Room
 from appliance.process_server.segment_file import AttemptId, Segment
-from appliance.process_server.stream import Changeset
+from appliance.process_server.spool import Spool
+from appliance.process_server.stream import Changeset, Stream
 from appliance.process_server.watcher import names_of
 from replication.bookmark import GENERATION_LEAP_MAX, NOTHING, Stamp
 from replication.cache_layout import (
@@ -100,7 +104,8 @@ async def test_forged_manifest_of_the_last_generation_is_no_history(
     ) as cache:
         container = container_name(machine, forged.stamp)
         await cache.put(container, manifest_name(1), forged.content)
-        assert (await read_history(cache, machine)).position.committed == NOTHING
+        ledger, _ = await read_history(cache, machine)
+        assert ledger.position.committed == NOTHING
 
 
 def test_names_of_a_long_backlog_are_made_once() -> None:
@@ -109,7 +114,7 @@ def test_names_of_a_long_backlog_are_made_once() -> None:
     machine = uuid.uuid4()
     segments = tuple(Segment(index, bytes(16), index, 1, 100) for index in range(16))
     backlog = [
-        Changeset(AttemptId(machine, Stamp(1, number), attempt), segments, 1, 1, bytes(16))
+        Changeset(AttemptId(machine, Stamp(1, number), attempt), segments, 0, 1, 1, bytes(16))
         for number in range(1, 2001)
     ]
     began = time.process_time()
@@ -122,9 +127,34 @@ def test_names_of_a_long_backlog_are_made_once() -> None:
 
 def test_wanted_manifest_of_what_is_applied_is_not_called_lost() -> None:
     """Junk under an old number in the cache must not send the stream back again and again."""
-    position = Position(committed=Stamp(2, 9), applied=Stamp(2, 7))
-    assert [number for number in range(12) if position.awaits(number)] == [8, 9]
-    position = Position(committed=Stamp(2, 2), applied=Stamp(1, 7))
-    assert [number for number in range(12) if position.awaits(number)] == [1, 2]
-    position = Position(committed=Stamp(2, 9), applied=Stamp(2, 9))
-    assert not any(position.awaits(number) for number in range(12))
+
+    def awaited(committed: Stamp, applied: Stamp) -> list[int]:
+        position = Position(committed=committed, applied=applied)
+        return [number for number in range(12) if position.awaits(number, applied)]
+
+    assert awaited(Stamp(2, 9), Stamp(2, 7)) == [8, 9]
+    assert awaited(Stamp(2, 2), Stamp(1, 7)) == [1, 2]
+    assert awaited(Stamp(2, 9), Stamp(2, 9)) == []
+    assert awaited(Stamp(2, 9), Stamp(3, 1)) == []
+
+
+@pytest.mark.parametrize(
+    ("stamp", "since", "leads_on"),
+    [
+        (Stamp(2, 8), 7, True),
+        (Stamp(2, 9), 6, True),
+        (Stamp(2, 9), 8, False),
+        (Stamp(2, 7), 6, False),
+        (Stamp(3, 1), 0, True),
+        (Stamp(3, 2), 1, False),
+    ],
+)
+def test_what_is_held_and_can_be_applied_is_not_given_up(
+    stamp: Stamp, since: int, leads_on: bool, tmp_path: Path
+) -> None:
+    """Else a watermark that goes on asking would send the stream back again and again."""
+    with DiskThreads() as disk, contextlib.closing(Spool(str(tmp_path))) as spool:
+        stream = Stream(uuid.uuid4(), spool, Room(1 << 30), disk)
+        attempt = AttemptId(stream.machine, stamp, bytes(16))
+        stream.held[stamp] = Changeset(attempt, (), since, 1, 1, bytes(16))
+        assert stream.leads_on(Stamp(2, 7)) is leads_on

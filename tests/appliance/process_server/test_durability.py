@@ -153,7 +153,11 @@ def small_server(
     """A server with the smallest spool that there is; a test leaves it empty."""
     folder = tmp_path_factory.mktemp("small_server")
     server = ProcessServer(
-        folder, certificates, azurite.connection_string, spool_bytes_max=SPOOL_BYTES_MIN
+        folder,
+        certificates,
+        azurite.connection_string,
+        spool_bytes_max=SPOOL_BYTES_MIN,
+        limits="machine_spool_share_max = 1.0",
     )
     try:
         yield server.start()

@@ -99,10 +99,18 @@ def test_segment_is_taken_only_if_its_changeset_may_still_come(
 
 
 @given(positions, st.one_of(st.just(NOTHING), stamps))
-def test_watermark_never_takes_back(position: Position, applied: Stamp) -> None:
-    after = position.after_applied(applied, B)
-    assert after.committed == max(position.committed, applied)
-    assert after.applied == max(position.applied, applied)
-    assert after.applied <= after.committed
-    if applied <= position.committed:
-        assert (after.attempt, after.digest) == (position.attempt, position.digest)
+def test_watermark_takes_nothing_back_and_acknowledges_nothing(
+    position: Position, applied: Stamp
+) -> None:
+    after = position.after_applied(applied)
+    assert replace(after, applied=position.applied) == position
+    assert after.applied == max(position.applied, min(applied, position.committed))
+
+
+@given(positions, stamps, st.integers(1, 6))
+def test_falling_back_never_raises_what_is_acknowledged(
+    position: Position, applied: Stamp, number: int
+) -> None:
+    if position.awaits(number, applied):
+        after = position.fallen_back(applied, B)
+        assert after.committed == after.applied == applied < position.committed

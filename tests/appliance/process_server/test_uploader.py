@@ -276,7 +276,59 @@ async def test_lost_spool_is_learnt_from_the_cache_up_to_the_first_gap(
     await account.apply(machine, Stamp(2, 9))
     own_server.start()
     async with Agent(own_server, machine) as agent:
-        assert (await agent.state()).state.committed == Stamp(2, 9)
+        # The watermark may be anybody's: it is passed on, and acknowledges nothing here.
+        state = (await agent.state()).state
+        assert (state.committed, state.durable_ns) == (NOTHING, 0)
+        assert state.watermark.applied == Stamp(2, 9)
+        await agent.send(make_changeset(machine, Stamp(2, 10), since=9, applied=Stamp(2, 9)))
+
+
+async def test_forged_watermark_acknowledges_nothing(
+    own_server: ProcessServer, account: Account
+) -> None:
+    machine = uuid.uuid4()
+    own_server.start()
+    async with Agent(own_server, machine) as agent:
+        first = make_changeset(machine, Stamp(1, 1))
+        await agent.send(first)
+        await account.apply(machine, Stamp(5, 1000))
+        await become(lambda: own_server.spooled(machine) == [])
+        assert (await agent.state()).state.committed == first.stamp
+        # What it made the spool drop is sent again, should the true applier miss it.
+        container = account.blobs.get_container_client(container_name(machine, first.stamp))
+        await container.delete_blob(manifest_name(1))
+        await account.apply(machine, NOTHING, wanted=(manifest_name(1),))
+        await become(lambda: fallen_back(agent, NOTHING))
+
+
+async def test_segments_that_are_lost_everywhere_are_sent_again(
+    own_server: ProcessServer, account: Account
+) -> None:
+    """Their manifest is in the cache: the spool was lost, then the cache forgot some seconds."""
+    machine = uuid.uuid4()
+    own_server.start()
+    sent = [make_changeset(machine, Stamp(1, number)) for number in (1, 2)]
+    async with Agent(own_server, machine) as agent:
+        for changeset in sent:
+            await agent.send(changeset)
+        await become(lambda: durable(agent, sent[1]))
+        await account.apply(machine, Stamp(1, 1))
+        own_server.kill()
+        own_server.spool.rename(own_server.spool.with_name("gone"))
+        own_server.start()
+        assert (await agent.state()).state.committed == Stamp(1, 2)
+        name = segment_name(2, sent[1].attempt, 0)
+        container = account.blobs.get_container_client(container_name(machine, Stamp(1, 2)))
+        await container.delete_blob(name)
+        await account.apply(machine, Stamp(1, 1), wanted=(name,))
+        await become(lambda: fallen_back(agent, Stamp(1, 1)))
+        again = make_changeset(machine, Stamp(1, 3), since=1, applied=Stamp(1, 1))
+        await agent.send(again)
+        await become(lambda: account.holds(again))
+
+
+async def fallen_back(agent: Agent, stamp: Stamp) -> bool:
+    return (await agent.state()).state.committed == stamp
 
 
 async def test_unknown_stream_waits_for_the_cache_and_a_known_one_does_not(
