@@ -11,7 +11,6 @@ Source: docs/STORE.md.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import threading
@@ -37,6 +36,7 @@ from appliance.applier.store.recovery import (
 from appliance.applier.store.succession import check_follows, check_shapes, zeros_of_lost_blocks
 from appliance.applier.store.thinning import THIN_BYTES_MAX, ThinReport, thin
 from daemon.durable import make_folder, storage_error
+from daemon.folder_lock import FolderLock
 from replication.block_set import BLOCK_BYTES
 from replication.errors import ConfigError, IntegrityError, UnavailableError
 
@@ -57,11 +57,13 @@ class MachineStore:
     another thread merges or folds, which take turns.
     """
 
-    def __init__(self, root: str, machine: uuid.UUID, lock_fd: int, catalogue: Catalogue) -> None:
+    def __init__(
+        self, root: str, machine: uuid.UUID, lock: FolderLock, catalogue: Catalogue
+    ) -> None:
         self.machine = machine
         self.folder = machine_folder(root, machine)
         self.reader = ReaderStore(root, machine)
-        self._lock_fd = lock_fd
+        self._lock = lock
         self._catalogue = catalogue
         self._sealing = threading.Lock()
         self._maintaining = threading.Lock()
@@ -85,7 +87,11 @@ class MachineStore:
         folder = machine_folder(root, machine)
         for part in ("disks", "layers", "pins", "incoming"):
             make_folder(os.path.join(folder, part))
-        lock_fd = _lock(folder, machine)
+        in_use = UnavailableError(
+            f"the store of machine {machine} is in use by another applier: {folder}",
+            hint="stop the other one, or leave the machine to it",
+        )
+        lock = FolderLock(folder, in_use)
         try:
             catalogue = open_catalogue(folder, machine, name, rebuild=rebuild)
             try:
@@ -94,9 +100,9 @@ class MachineStore:
                 catalogue.close()
                 raise
         except BaseException:
-            os.close(lock_fd)
+            lock.close()
             raise
-        return cls(root, machine, lock_fd, catalogue)
+        return cls(root, machine, lock, catalogue)
 
     @property
     def head(self) -> Head | None:
@@ -332,29 +338,10 @@ class MachineStore:
 
     def close(self) -> None:
         self._catalogue.close()
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        self._lock.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _lock(folder: str, machine: uuid.UUID) -> int:
-    path = os.path.join(folder, "lock")
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise storage_error("open", path, error) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise UnavailableError(
-            f"the store of machine {machine} is in use by another applier: {path}",
-            hint="stop the other one, or leave the machine to it",
-        ) from error
-    return fd
