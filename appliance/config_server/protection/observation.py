@@ -76,7 +76,8 @@ def apply_report(
     """
     if view.state not in _WATCHED or agent is None:
         return Observation()
-    sizes = tuple(_resized(view, agent))
+    # What turns up during a resync is looked at when that has ended: a second one may be needed.
+    sizes = () if agent.phase is Phase.RESYNCHRONISING else tuple(_resized(view, agent))
     found = tuple(_happenings(view, agent, store, bool(sizes), skew_ns))
     return Observation(found[:1], sizes)
 
@@ -94,8 +95,9 @@ def _happenings(
         if view.state is not State.RESYNC_REQUIRED or view.cause != cause:
             yield Happening(Event.RESYNC_REQUIRED, cause, agent.reason)
         return
-    if agent.phase is Phase.RESYNCHRONISING and view.state is not State.RESYNCHRONISING:
-        yield Happening(Event.RESYNC_BEGUN, agent.cause, agent.reason)
+    if agent.phase is Phase.RESYNCHRONISING:
+        if view.state is not State.RESYNCHRONISING:
+            yield Happening(Event.RESYNC_BEGUN, agent.cause, agent.reason)
         return
     if resized:
         yield Happening(

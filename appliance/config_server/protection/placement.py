@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from replication.control.report import BlockDevice
-from replication.errors import ConfigError
+from replication.errors import InputError
 
 DISKS_MAX = 64
 
 
-class PlacementError(ConfigError):
+class PlacementError(InputError):
     """What a machine would be protected by, or the disks that were chosen, will not do."""
 
     code = "placement"

@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 
 from appliance.config_server.protection.window import Window
-from replication.errors import ConfigError
+from replication.errors import ConfigError, InputError
 
 HOUR = 3600
 DAY = 24 * HOUR
@@ -48,7 +48,7 @@ class Problem:
     reason: str
 
 
-class PolicyError(ConfigError):
+class PolicyError(InputError):
     """A policy says something that makes no sense; nothing was changed."""
 
     code = "policy"
@@ -103,7 +103,7 @@ def _problems(settings: PolicySettings, *, lab: bool) -> list[Problem]:
             Problem(
                 "crash_frequency_seconds",
                 f"is fixed at {CRASH_FREQUENCY_SECONDS}; a lab may set others with "
-                "protection.allow_short_crash_frequency in the configuration file",
+                "policies.allow_short_crash_frequency in the configuration file",
             )
         )
     if lab and not LAB_SECONDS_MIN <= crash <= CRASH_FREQUENCY_SECONDS:

@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
-from replication.errors import ReplicationError
+from replication.errors import ConflictError
 
 
-class IllegalTransitionError(ReplicationError):
+class IllegalTransitionError(ConflictError):
     """What was asked for cannot happen to a machine in this state; nothing was changed."""
-
-    code = "conflict"
 
 
 class State(StrEnum):

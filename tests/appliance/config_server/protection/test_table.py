@@ -65,8 +65,9 @@ def test_every_pair_is_as_expected_or_a_conflict_that_names_the_state(
         assert step(state, event)[0] is ALLOWED[state, event]
         return
     assert not allows(state, event)
-    with pytest.raises(IllegalTransitionError, match=rf"web-1.* it is {state}$") as conflict:
+    with pytest.raises(IllegalTransitionError, match="web-1") as conflict:
         step(state, event, machine="web-1")
+    assert str(conflict.value.args[0]).endswith(f" it is {state}")
     assert conflict.value.code == "conflict"
     assert conflict.value.hint
 

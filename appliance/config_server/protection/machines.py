@@ -1,0 +1,180 @@
+"""Machines in the database: found by name or id, and what is known of their nodes.
+
+Source: docs/CONTROL.md §6, §9.
+"""
+
+import uuid
+from collections.abc import Sequence
+
+from sqlalchemy import func, or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from appliance.config_server.protection.placement import Candidate
+from appliance.config_server.protection.table import State
+from appliance.config_server.protection.workflow import Heard, Ports, read_report
+from appliance.config_server.store.schema import Job, Machine, Node, ProtectedDisk, VirtualMachine
+from replication.control.report import MachineReport, ProcessServerReport
+from replication.control.role import NodeRole
+from replication.errors import ConflictError, NotFoundError
+
+HEARD_SECONDS_MAX = 60
+"""Who was not heard for longer is not given work: three reports and some."""
+
+_SECOND_NS = 10**9
+
+
+class AgentMissingError(NotFoundError):
+    """The machine is in a vCenter's inventory, but no agent of it is enrolled."""
+
+    code = "agent_missing"
+
+
+class BusyError(ConflictError):
+    """A job is at work on the machine."""
+
+    code = "busy"
+
+
+async def find_node(session: AsyncSession, reference: str) -> Node:
+    """The machine's node by its name or id.
+
+    Raises NotFoundError, AgentMissingError for a VM whose agent is not enrolled, ConflictError for
+    a name that two have.
+    """
+    wanted = or_(Node.id == _uuid(reference), Node.name == reference)
+    found = (
+        await session.scalars(select(Node).where(Node.role == NodeRole.MACHINE, wanted).limit(2))
+    ).all()
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConflictError(
+            f"more than one machine is called {reference}", hint="name it by its id"
+        )
+    await _refuse_without_agent(session, reference)
+    raise NotFoundError(
+        f"there is no machine {reference}", hint="`understudy machines` lists those enrolled"
+    )
+
+
+def _uuid(text: str) -> uuid.UUID | None:
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        return None
+
+
+async def _refuse_without_agent(session: AsyncSession, reference: str) -> None:
+    """For a VM of the inventory: go on with its agent, or say how to get one."""
+    query = select(VirtualMachine).where(
+        VirtualMachine.removed_ns.is_(None),
+        or_(VirtualMachine.name == reference, VirtualMachine.id == _uuid(reference)),
+    )
+    vm = await session.scalar(query.limit(1))
+    if vm is None:
+        return
+    agent = None
+    if vm.bios_uuid is not None:
+        agent = await session.scalar(
+            select(Node.name).where(Node.role == NodeRole.MACHINE, Node.bios_uuid == vm.bios_uuid)
+        )
+    if agent is not None:
+        raise NotFoundError(
+            f"the virtual machine {vm.name} has an agent that is called {agent}",
+            hint=f"say {agent}",
+        )
+    raise AgentMissingError(
+        f"the virtual machine {vm.name} is in the inventory, but its agent is not enrolled",
+        hint="install the mobility agent on it and enrol it with the config server's address and "
+        "the enrolment passphrase; then it can be protected",
+    )
+
+
+async def lock_machine(session: AsyncSession, node: uuid.UUID) -> Machine | None:
+    """The machine's row, kept from others until the transaction ends; none if it never had one."""
+    return await session.scalar(
+        select(Machine)
+        .where(Machine.id == node)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
+
+
+async def refuse_busy(session: AsyncSession, machine: Machine) -> None:
+    """Raises BusyError that tells which job is at work, and whose it is."""
+    if machine.job_id is None:
+        return
+    job = await session.get(Job, machine.job_id)
+    told = f"{job.kind}, asked for by {job.asked_by}" if job is not None else "unknown"
+    raise BusyError(
+        f"a job is at work on {machine.name}, which is {machine.state}: {machine.job_id} ({told})",
+        hint=f"wait for it or cancel it: `understudy jobs {machine.job_id} --follow`",
+    )
+
+
+async def heard_of(ports: Ports, node: Node) -> Heard | None:
+    """The newest report of a node, from memory or from its row."""
+    newest = ports.newest(node.id)
+    if node.report is None or (newest is not None and newest.seen_ns >= node.seen_ns):
+        return newest
+    return Heard(node.seen_ns, read_report(node.role, node.report))
+
+
+async def agent_report(ports: Ports, node: Node, now_ns: int) -> MachineReport:
+    """What a machine's agent said lately. Raises ConflictError when it is silent."""
+    heard = await heard_of(ports, node)
+    if heard is None or not isinstance(heard.report, MachineReport):
+        raise ConflictError(
+            f"the agent of {node.name} is enrolled, but has never reported",
+            hint="see that it runs and reaches the config server",
+        )
+    silent = (now_ns - heard.seen_ns) // _SECOND_NS
+    if silent > HEARD_SECONDS_MAX:
+        raise ConflictError(
+            f"the agent of {node.name} was last heard of {silent} s ago",
+            hint="see that it runs and reaches the config server",
+        )
+    return heard.report
+
+
+async def candidates(
+    session: AsyncSession, ports: Ports, role: NodeRole, now_ns: int
+) -> Sequence[Candidate]:
+    """All enrolled nodes of a role, with their load and why they take no more."""
+    column = Machine.process_server_id if role is NodeRole.PROCESS_SERVER else Machine.applier_id
+    counted = await session.execute(
+        select(column, func.count())
+        .where(column.is_not(None), Machine.state != State.UNPROTECTED)
+        .group_by(column)
+    )
+    counts = {row[0]: row[1] for row in counted}
+    nodes = (await session.scalars(select(Node).where(Node.role == role))).all()
+    return [await _candidate(ports, node, counts.get(node.id, 0), now_ns) for node in nodes]
+
+
+async def _candidate(ports: Ports, node: Node, count: int, now_ns: int) -> Candidate:
+    heard = await heard_of(ports, node)
+    if heard is None:
+        return Candidate(node.id, node.name, count, trouble="it has never reported")
+    silent = (now_ns - heard.seen_ns) // _SECOND_NS
+    trouble = f"it was last heard of {silent} s ago" if silent > HEARD_SECONDS_MAX else ""
+    for part in heard.report.troubles:
+        if part.severity == "critical":
+            trouble = trouble or f"{part.part}: {part.reason}"
+    fill = 0.0
+    if isinstance(heard.report, ProcessServerReport):
+        if not heard.report.url:
+            trouble = trouble or "it does not say where agents reach it"
+        if heard.report.spool_max_bytes:
+            fill = heard.report.spool_bytes / heard.report.spool_max_bytes
+    return Candidate(node.id, node.name, count, fill, trouble)
+
+
+async def disks_of(session: AsyncSession, machine: uuid.UUID) -> Sequence[ProtectedDisk]:
+    return (
+        await session.scalars(
+            select(ProtectedDisk)
+            .where(ProtectedDisk.machine_id == machine)
+            .order_by(ProtectedDisk.index)
+        )
+    ).all()

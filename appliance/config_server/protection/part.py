@@ -1,0 +1,89 @@
+"""Protection as a part of the config server: jobs, their watch, and the observer."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import structlog
+
+from appliance.config_server.protection.config import JobsConfig
+from appliance.config_server.protection.durable import Workflows, open_workflows
+from appliance.config_server.protection.instances import Watch, instance_id
+from appliance.config_server.protection.observer import Observer
+from appliance.config_server.protection.performance import Performer
+from appliance.config_server.protection.workflow import Ports
+from appliance.config_server.store.engine import Database
+from daemon.service import Health
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """What routes and background tasks reach. ``instance``: who we are among config servers."""
+
+    instance: str
+    ports: Ports
+    performer: Performer
+    workflows: Workflows
+    watch: Watch
+    observer: Observer
+    boundary: Callable[[str], None]
+
+    async def begin(self, job_id: str) -> None:
+        """Start a job that has been written. Whoever is killed before leaves it to the sweep."""
+        self.boundary("asked")
+        await self.workflows.start(job_id)
+
+    async def look_after(self, health: Health) -> None:
+        """All that runs beside the API, until it is cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.watch.run(health), name="instances")
+            tasks.create_task(self.observer.run(health), name="observer")
+
+
+def nothing(_: str) -> None:
+    """What happens at a boundary, normally."""
+
+
+@contextlib.asynccontextmanager
+async def open_protection(
+    database: Database,
+    ports: Ports,
+    *,
+    state_folder: str,
+    database_url: str,
+    config: JobsConfig,
+    clock: Callable[[], int],
+    boundary: Callable[[str], None] = nothing,
+) -> AsyncIterator[Protection]:
+    """Open it, and go on with jobs that were under way.
+
+    boundary: called between any two durable writes of a job.
+    """
+    instance = instance_id(state_folder)
+    performer = Performer(
+        database,
+        ports,
+        clock,
+        instance=instance,
+        answer_seconds_max=config.answer_seconds_max,
+        boundary=boundary,
+    )
+    began = time.monotonic()
+    async with open_workflows(
+        performer, database_url, instance=instance, boundary=boundary
+    ) as workflows:
+        structlog.get_logger().debug(
+            "jobs run", instance=instance, seconds=round(time.monotonic() - began, 2)
+        )
+        watch = Watch(database, workflows, config, instance=instance, clock=clock)
+        yield Protection(
+            instance,
+            ports,
+            performer,
+            workflows,
+            watch,
+            Observer(database, ports, clock),
+            boundary,
+        )

@@ -1,0 +1,241 @@
+"""The jobs that there are, step by step.
+
+Source: docs/CONTROL.md §9.
+"""
+
+from types import MappingProxyType
+
+from sqlalchemy import delete
+
+from appliance.config_server.protection.jobs import JobKind
+from appliance.config_server.protection.table import Event
+from appliance.config_server.protection.transition import (
+    REMOVING,
+    enter,
+    forget_points,
+)
+from appliance.config_server.protection.workflow import (
+    Done,
+    Scene,
+    Step,
+    StepFailedError,
+    Verdict,
+    Waiting,
+    Workflow,
+)
+from appliance.config_server.store.schema import Node, ProtectedDisk
+from replication.control.report import Phase
+
+SILENT_NS = 60 * 10**9
+"""An agent that was not heard for so long is not waited for when protection ends."""
+
+_AGENT_HINT = "see that the agent runs and reaches the config server, then ask again"
+_APPLIER_HINT = (
+    "see that process server and applier run and reach the config server, then ask again"
+)
+
+
+async def _make_key(scene: Scene) -> Verdict:
+    await scene.ports.ensure_key(scene.session, scene.machine.id)
+    return Done()
+
+
+async def _tell_appliance(scene: Scene) -> Verdict:
+    await scene.tell(scene.machine.process_server_id, scene.machine.applier_id)
+    return Done()
+
+
+async def _appliance_follows(scene: Scene) -> Verdict:
+    for node in (scene.machine.process_server_id, scene.machine.applier_id):
+        if node is not None and not await scene.has_heard(node):
+            return Waiting(f"waits for {await _name(scene, node)}")
+    return Done()
+
+
+async def _tell_agent(scene: Scene) -> Verdict:
+    await scene.tell(scene.machine.id)
+    return Done()
+
+
+async def _agent_replicates(scene: Scene) -> Verdict:
+    report = await scene.agent()
+    if report is None:
+        return Waiting("waits for the agent to follow its new assignment")
+    if report.phase is Phase.FAILED:
+        raise StepFailedError(
+            f"the agent cannot replicate: {report.reason or 'it does not say why'}",
+            code="agent_failed",
+            hint="mend what it names, then protect the machine again",
+        )
+    if report.phase is Phase.IDLE:
+        return Waiting("waits for the agent to begin")
+    return Done(f"the agent says: {report.phase}")
+
+
+async def _enabled(scene: Scene) -> None:
+    enter(scene.machine, Event.ENABLED, scene.now_ns)
+
+
+async def _not_enabled(scene: Scene) -> None:
+    """What the applier may have begun goes too, unless it had points of the machine before."""
+    machine = scene.machine
+    enter(machine, Event.ENABLE_FAILED, scene.now_ns)
+    await scene.tell(machine.id, machine.process_server_id, machine.applier_id)
+    machine.policy_id = machine.process_server_id = None
+    if not scene.job.request.get("had_points"):
+        machine.points = REMOVING
+        await _forget_disks(scene)
+
+
+async def _tell_all(scene: Scene) -> Verdict:
+    await scene.tell(scene.machine.id, scene.machine.process_server_id, scene.machine.applier_id)
+    return Done()
+
+
+async def _agent_stopped(scene: Scene) -> Verdict:
+    report = await scene.agent()
+    if report is not None:
+        if report.phase in (Phase.IDLE, Phase.FAILED):
+            return Done()
+        return Waiting(f"waits for the agent to stop; it says: {report.phase}")
+    heard = await scene.heard(scene.machine.id)
+    if heard is None or scene.now_ns - heard.seen_ns > SILENT_NS:
+        return Done("the agent is silent; it stops when it is heard again")
+    return Waiting("waits for the agent to follow its new assignment")
+
+
+async def _points_removed(scene: Scene) -> Verdict:
+    if scene.machine.points != REMOVING or scene.machine.applier_id is None:
+        return Done("the points are kept")
+    store = await scene.store()
+    if store is not None and store.removed:
+        return Done()
+    return Waiting(f"waits for {await _name(scene, scene.machine.applier_id)} to delete the points")
+
+
+async def _disabled(scene: Scene) -> None:
+    machine = scene.machine
+    enter(machine, Event.DISABLED, scene.now_ns)
+    await scene.tell(machine.id, machine.process_server_id, machine.applier_id)
+    machine.policy_id = machine.process_server_id = None
+    machine.resync_in_window = False
+    if machine.points == REMOVING:
+        forget_points(machine)
+        await _forget_disks(scene)
+
+
+async def _not_disabled(scene: Scene) -> None:
+    enter(scene.machine, Event.DISABLE_FAILED, scene.now_ns)
+
+
+async def _agent_follows(scene: Scene) -> Verdict:
+    if await scene.agent() is None:
+        return Waiting("waits for the agent to follow its new assignment")
+    return Done()
+
+
+async def _nothing(scene: Scene) -> None:
+    del scene
+
+
+async def _disk_back(scene: Scene) -> None:
+    """The disk is again as it was before somebody asked."""
+    disk = await scene.session.get(ProtectedDisk, (scene.machine.id, scene.job.request["index"]))
+    if disk is not None:
+        disk.excluded = scene.job.kind == JobKind.ADD_DISK
+        scene.machine.revision += 1
+        await scene.tell(scene.machine.id)
+
+
+async def _agent_resynchronises(scene: Scene) -> Verdict:
+    if not scene.job.request["now"]:
+        return Done("it is ordered when the policy's window opens")
+    report = await scene.agent()
+    if report is None:
+        return Waiting("waits for the agent to follow its new assignment")
+    if report.phase is Phase.RESYNCHRONISING or report.resync_request >= scene.job.request["order"]:
+        return Done(f"the agent says: {report.phase}")
+    return Waiting(f"waits for the agent to begin; it says: {report.phase}")
+
+
+async def _forget_disks(scene: Scene) -> None:
+    await scene.session.execute(
+        delete(ProtectedDisk).where(ProtectedDisk.machine_id == scene.machine.id)
+    )
+
+
+async def _name(scene: Scene, node: object) -> str:
+    row = await scene.session.get(Node, node)
+    return row.name if row is not None else str(node)
+
+
+_DISK_STEPS = (
+    Step("tell the agent", _tell_agent),
+    Step(
+        "the agent follows",
+        _agent_follows,
+        late="the agent did not take the changed disks",
+        hint=_AGENT_HINT,
+    ),
+)
+
+WORKFLOWS = MappingProxyType(
+    {
+        workflow.kind: workflow
+        for workflow in (
+            Workflow(
+                JobKind.PROTECT,
+                (
+                    Step("make the data key", _make_key),
+                    Step("tell process server and applier", _tell_appliance),
+                    Step(
+                        "process server and applier follow",
+                        _appliance_follows,
+                        late="process server or applier did not answer",
+                        hint=_APPLIER_HINT,
+                    ),
+                    Step("tell the agent", _tell_agent),
+                    Step(
+                        "the agent replicates",
+                        _agent_replicates,
+                        late="the agent did not answer",
+                        hint=_AGENT_HINT,
+                    ),
+                ),
+                _enabled,
+                _not_enabled,
+            ),
+            Workflow(
+                JobKind.UNPROTECT,
+                (
+                    Step("tell all nodes", _tell_all),
+                    Step("the agent stops", _agent_stopped),
+                    Step(
+                        "the points are settled",
+                        _points_removed,
+                        late="the applier did not delete the points",
+                        hint="see that the applier runs, then unprotect the machine again",
+                    ),
+                ),
+                _disabled,
+                _not_disabled,
+            ),
+            Workflow(JobKind.ADD_DISK, _DISK_STEPS, _nothing, _disk_back),
+            Workflow(JobKind.EXCLUDE_DISK, _DISK_STEPS, _nothing, _disk_back),
+            Workflow(
+                JobKind.RESYNC,
+                (
+                    Step("tell the agent", _tell_agent),
+                    Step(
+                        "the agent resynchronises",
+                        _agent_resynchronises,
+                        late="the agent did not begin the resync",
+                        hint="the order stands: it begins when the agent is heard; " + _AGENT_HINT,
+                    ),
+                ),
+                _nothing,
+                _nothing,
+            ),
+        )
+    }
+)
