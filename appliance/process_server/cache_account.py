@@ -25,9 +25,16 @@ from azure.storage.blob.aio import BlobServiceClient, ContainerClient
 from azure.storage.queue.aio import QueueClient
 
 from replication.bookmark import MachineId
-from replication.cache_layout import CONTROL_CONTAINER, WAKE_QUEUE, watermark_name
+from replication.cache_layout import (
+    CONTROL_CONTAINER,
+    WAKE_QUEUE,
+    sums_container,
+    sums_name,
+    watermark_name,
+)
 from replication.errors import ConfigError, StorageError, UnavailableError
 from replication.manifest import MANIFEST_BYTES_MAX, SEGMENT_BYTES_MAX
+from replication.sums import SUMS_BYTES_MAX
 from replication.watermark import WATERMARK_BYTES_MAX
 
 CONNECT_SECONDS_MAX = 5.0
@@ -100,6 +107,14 @@ class CacheAccount:
         """A machine's watermark; None where there is none, or it still has ``etag``."""
         name = watermark_name(machine)
         return await self._read(CONTROL_CONTAINER, name, WATERMARK_BYTES_MAX, etag)
+
+    async def sums(
+        self, machine: MachineId, generation: int, disk: int, level: int, part: int
+    ) -> bytes | None:
+        """A part of the sums that the applier has put; None where there is none."""
+        container = sums_container(machine, generation)
+        found = await self._read(container, sums_name(disk, level, part), SUMS_BYTES_MAX, None)
+        return None if found is None else found.content
 
     async def wake(self, machine: MachineId) -> None:
         """Tell appliers that a manifest of ``machine`` is there."""

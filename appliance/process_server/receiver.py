@@ -15,6 +15,7 @@ from appliance.process_server.address import (
     CommitAddress,
     SegmentAddress,
     StateAddress,
+    SumsAddress,
     read_address,
 )
 from appliance.process_server.admission import Admission, Shown
@@ -65,6 +66,10 @@ class Receiver:
     async def _answer(self, request: web.BaseRequest) -> web.Response:
         address = read_address(request.method, request.raw_path)
         self._admission.check(_shown(request), address.machine)
+        if isinstance(address, SumsAddress):
+            async with self._turn(address.machine):
+                sums = await self._streams.sums(address)
+            return web.Response(body=sums, content_type="application/octet-stream")
         stream = await self._streams.find(address.machine)
         if isinstance(address, SegmentAddress):
             created = await self._receive(request, stream, address)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
+from appliance.process_server.address import SumsAddress
 from appliance.process_server.cache_account import CacheAccount
 from appliance.process_server.cache_history import read_history
 from appliance.process_server.config import LimitConfig
@@ -130,6 +131,23 @@ class Streams:
                 f"bytes; they may have {limits.machine_attempt_bytes_max}",
                 hint="commit one of them",
             )
+
+    async def sums(self, address: SumsAddress) -> bytes:
+        """A part of the sums of a machine's state, sealed as it lies in the cache.
+
+        Raises RefusedError (not_found) while there is none.
+        """
+        found = await self._cache.sums(
+            address.machine, address.generation, address.disk, address.level, address.part
+        )
+        if found is None:
+            raise RefusedError(
+                Kind.NOT_FOUND,
+                f"the cache has no part {address.part} of the sums of level {address.level} of "
+                f"disk {address.disk} in generation {address.generation}",
+                hint="the applier puts them when it has closed the generation before: ask again",
+            )
+        return found
 
     @property
     def all(self) -> tuple[Stream, ...]:
