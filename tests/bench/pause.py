@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.bench.cpu import cpu_of
 from tests.bench.figure import AtLeast, AtMost, Row, percentile, spread
 from tests.bench.place import MIB, Place
 from tests.e2e.disk import Disk
@@ -77,9 +78,9 @@ def measure(where: Place) -> list[Row]:
                 target=AtLeast(0.95),
                 measured=statistics.median(share for share, _ in found),
                 note=f"{len(found)} pairs of {seconds} s, {spread([share for share, _ in found])}; "
-                f"{statistics.median(tps for _, tps in found):,.0f} tps without",
+                f"{statistics.median(tps for _, tps in found):,.0f} tps without; {profile}",
             )
-            for told, found in (
+            for told, (found, profile) in (
                 ("all parts on the database's cores", shared),
                 ("its parts on another core", apart),
             )
@@ -136,11 +137,14 @@ def _pauses(rig: Rig, count: int) -> list[float]:
 
 def _shares(
     where: Place, rig: Rig, guest: Guest, pairs: int, seconds: int, *, apart: bool
-) -> list[tuple[float, float]]:
-    """Transactions with replication over those without, in turn, and those without a second."""
+) -> tuple[list[tuple[float, float]], str]:
+    """Transactions with replication over those without, in turn, and those without a second; and
+    who used the processors in the last run with it.
+    """
     everywhere = os.sched_getaffinity(0)
     first = {min(everywhere)}
-    shares = []
+    shares: list[tuple[float, float]] = []
+    profile = ""
     for pair in range(pairs):
         rates = {}
         for replicating in (pair % 2 == 0, pair % 2 == 1):
@@ -156,12 +160,14 @@ def _shares(
                 everywhere - first if apart else everywhere,
             )
             time.sleep(SETTLE_SECONDS)
-            rates[replicating] = _transactions_per_second(guest, seconds)
+            with cpu_of([part for part in rig.parts if part.is_alive]) as cpu:
+                rates[replicating] = _transactions_per_second(guest, seconds)
             if replicating:
+                profile = cpu.told()
                 rig.agent.stop()
         shares.append((rates[True] / rates[False], rates[False]))
     _bind([part.pid for part in rig.parts if part.is_alive], everywhere)
-    return shares
+    return shares, profile
 
 
 def _transactions_per_second(guest: Guest, seconds: int) -> float:

@@ -15,6 +15,7 @@ from appliance.cli.authority import Authority
 from appliance.process_server.order import Position
 from appliance.process_server.spool import Ledger, Spool
 from tests.bench import plain
+from tests.bench.cpu import cpu_of
 from tests.bench.figure import AtLeast, Row, ShareOfLimit, spread
 from tests.bench.place import GIB, MIB, Place, write_compressible, write_random
 from tests.e2e.rig import Rig
@@ -137,7 +138,8 @@ def measure_cache(where: Place) -> list[Row]:
             limits.append(alone(best, size_bytes))
             where.rest()
             with _another_machine(rig):
-                rates.append(_path_rate(rig))
+                rate, profile = _path_rate(rig)
+                rates.append(rate)
         limits.append(alone(best, size_bytes))
     limit = statistics.median(limits)
     return [
@@ -148,7 +150,7 @@ def measure_cache(where: Place) -> list[Row]:
             measured=statistics.median(rates),
             limit=limit,
             limit_is=f"blob client alone, {best[0]} MiB blobs, {best[1]} at once",
-            note=f"{spread(rates)}; alone {spread(limits)}",
+            note=f"{spread(rates)}; alone {spread(limits)}; {profile}",
         )
     ]
 
@@ -171,17 +173,20 @@ def _another_machine(rig: Rig) -> Iterator[None]:
         shutil.rmtree(rig.spool)
 
 
-def _path_rate(rig: Rig) -> float:
-    """MB a second that come into the cache, from the changeset's begin to its manifest."""
+def _path_rate(rig: Rig) -> tuple[float, str]:
+    """MB a second that come into the cache, from the changeset's begin to its manifest, and who
+    used the processors meanwhile.
+    """
     rig.agent.start(wait=False)
     server = rig.process_server
     rig.wait_until("a changeset", lambda: rig.agent_status().get("under_way"))
     began = time.monotonic()
-    rig.wait_until("the initial replication", lambda: is_sent(rig), SECONDS_MAX)
-    sent = server.metric("understudy_bytes_received_total")
-    rig.wait_until(
-        "all of it in the cache",
-        lambda: server.metric("understudy_bytes_uploaded_total") > sent,
-        SECONDS_MAX,
-    )
-    return sent / (time.monotonic() - began) / 1e6
+    with cpu_of([rig.agent, server, rig.azure]) as shares:
+        rig.wait_until("the initial replication", lambda: is_sent(rig), SECONDS_MAX)
+        sent = server.metric("understudy_bytes_received_total")
+        rig.wait_until(
+            "all of it in the cache",
+            lambda: server.metric("understudy_bytes_uploaded_total") > sent,
+            SECONDS_MAX,
+        )
+    return sent / (time.monotonic() - began) / 1e6, shares.told()
