@@ -182,29 +182,31 @@ class ControlClient(Generic[A]):
         """Let the next report go out at once."""
         self._report_wanted.set()
 
+    def data_key_file(self, machine: uuid.UUID) -> str:
+        """Where ``data_key`` keeps the machine's data key."""
+        return os.path.join(self._config.identity_folder, DATA_KEYS_FOLDER, f"{machine}.key")
+
     async def data_key(self, machine: uuid.UUID) -> bytes:
         """The machine's data key, from the disk or from the config server.
 
         Raises UnavailableError while the config server is away, RefusedError when this node may
         not have it, StorageError, ConfigError when the file is damaged or others can read it.
         """
-        folder = os.path.join(self._config.identity_folder, DATA_KEYS_FOLDER)
-        path = os.path.join(folder, f"{machine}.key")
+        path = self.data_key_file(machine)
         if await asyncio.to_thread(os.path.exists, path):
             return await asyncio.to_thread(read_data_key, path)
         answer = await self._connected.ask("GET", f"node/data-keys/{machine}")
         given = parse(GivenDataKey, answer, "data key")
         if given.machine != machine:
             raise PeerError(f"the data key of {given.machine} came for {machine}")
-        await asyncio.to_thread(make_folder, folder)
+        await asyncio.to_thread(make_folder, os.path.dirname(path))
         await asyncio.to_thread(write_whole, path, f"{given.data_key}\n".encode())
         return given.key()
 
     def forget_data_key(self, machine: uuid.UUID) -> None:
         """Remove it from the disk: the machine is not this node's any more."""
-        folder = os.path.join(self._config.identity_folder, DATA_KEYS_FOLDER)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(folder, f"{machine}.key"))
+            os.unlink(self.data_key_file(machine))
 
     @property
     def _connected(self) -> ControlCalls:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
+from uuid import UUID
 
 from agents.mobility.config import AgentConfig
 from agents.mobility.frame_builder import SegmentBuilder
@@ -24,6 +25,11 @@ from replication.stream import StreamState
 
 STATUS_FILE = "status.json"
 RECORDS_MAX = 100
+_CARRIED = (
+    "generation", "number", "committed", "applied", "durable_ns", "restorable_ns", "skew_ns",
+    "changed_bytes", "sent_bytes", "consistency", "app_consistent_ns", "pauses", "pause_seconds",
+    "records",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,19 @@ class AgentStatus:
             tracker=config.tracker,
             disks=[asdict(disk.shape) for disk in disks],
         )
+
+    @classmethod
+    def idle(cls, state_folder: str, machine: UUID, name: str, *, tracker: str) -> Self:
+        """Of a machine that is not protected."""
+        path = os.path.join(state_folder, str(machine), STATUS_FILE)
+        return cls(path, str(machine), name, tracker, [], state=Phase.IDLE.value)
+
+    def carry_on(self, before: "AgentStatus") -> None:
+        """Go on from the news of an earlier run of the same process."""
+        for name in _CARRIED:
+            setattr(self, name, getattr(before, name))
+        if before.phase is not Phase.FAILED:
+            self.enter(before.phase, cause=before.cause, reason=before.reason)
 
     def enter(self, phase: Phase, *, cause: ResyncCause | None = None, reason: str = "") -> None:
         """Replication is in ``phase`` from now on; whoever listens is told of a change."""

@@ -107,6 +107,10 @@ class StreamClient:
         assert self._session is not None
         await self._session.close()
 
+    def renew(self, tls: TlsFiles) -> None:
+        """Show another certificate from the next connection on."""
+        self._context.load_cert_chain(tls.certificate, tls.key)
+
     async def state(self) -> StreamState:
         """What the process server holds of this machine's stream."""
         body = await self._persist("GET", state_path(self._machine), b"", {})
