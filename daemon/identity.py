@@ -27,6 +27,7 @@ from cryptography.x509.oid import NameOID
 from pydantic import ValidationError
 
 from daemon.certificates import (
+    CLOCK_SKEW,
     certificate_pem,
     key_pem,
     name_part,
@@ -86,7 +87,8 @@ class NodeIdentity:
 
     @property
     def renewal_due(self) -> dt.datetime:
-        return self.begins + (self.expires - self.begins) * RENEWED_AT
+        begins = self.begins + CLOCK_SKEW
+        return begins + (self.expires - begins) * RENEWED_AT
 
     @property
     def is_expired(self) -> bool:

@@ -30,7 +30,10 @@ Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Proof = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Salt = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Pem = Annotated[str, Field(max_length=PEM_CHARS_MAX)]
-Name = Annotated[str, Field(min_length=1, max_length=255)]
+Name = Annotated[
+    str, Field(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._@-]*$")
+]
+HostName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9:._-]+$")]
 
 
 class ChallengeRequest(Message):
@@ -61,7 +64,7 @@ class CertificateRequest(Message):
     role: NodeRole
     node: uuid.UUID
     name: Name
-    names: Annotated[tuple[Name, ...], Field(max_length=32)] = ()
+    names: Annotated[tuple[HostName, ...], Field(max_length=32)] = ()
     bios_uuid: uuid.UUID | None = None
     csr_pem: Pem
     proof: Proof
@@ -82,9 +85,13 @@ class RenewalRequest(Message):
 
 
 def derive_key(passphrase: str, salt: bytes) -> bytes:
-    """The key of both proofs: 32 bytes. Takes some 50 ms on purpose."""
+    """The key of both proofs: 32 bytes. Takes some 50 ms on purpose.
+
+    Case, dashes and spaces of the passphrase do not count: people copy it by hand.
+    """
+    told = "".join(char for char in passphrase.lower() if char.isalnum())
     return hashlib.scrypt(
-        passphrase.strip().encode(),
+        told.encode(),
         salt=salt,
         n=SCRYPT_COST,
         r=SCRYPT_BLOCK,

@@ -1,0 +1,91 @@
+"""Who this config server is, in one piece, and how it is opened."""
+
+import asyncio
+import contextlib
+import datetime as dt
+import os
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from appliance.config_server.identity.certificates import CertificateAuthority
+from appliance.config_server.identity.config import IdentityConfig
+from appliance.config_server.identity.enrolment import Enrolment
+from appliance.config_server.identity.keyring import Keyring, open_keyring
+from appliance.config_server.identity.passphrase import (
+    Passphrase,
+    read_passphrase,
+    write_passphrase,
+)
+from appliance.config_server.identity.server_certificate import ServerCertificate
+from appliance.config_server.identity.vault_key import VaultKey
+from appliance.config_server.store.engine import Database
+from replication.errors import ConflictError, StorageError
+
+IDENTITY_FOLDER = "identity"
+RENEWAL_LOOK_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The keys of this config server and what is done with them.
+
+    certificate: its own; ``certificate.context`` is the TLS context to listen with.
+    """
+
+    keyring: Keyring
+    authority: CertificateAuthority
+    enrolment: Enrolment
+    certificate: ServerCertificate
+
+    @property
+    def vault(self) -> VaultKey:
+        return self.keyring.vault
+
+
+@contextlib.asynccontextmanager
+async def open_identity(
+    config: IdentityConfig, state_folder: str, names: Sequence[str], database: Database
+) -> AsyncIterator[Identity]:
+    """Open what is there; make at the first start what is not. Raises ConfigError, StorageError."""
+    folder = os.path.join(state_folder, IDENTITY_FOLDER)
+    keyring = await open_keyring(folder, config.unlock_file, database)
+    await _ensure_passphrase(database, keyring.vault)
+    lifetime = dt.timedelta(days=config.certificate_days)
+    certificate = await asyncio.to_thread(ServerCertificate, keyring, folder, names, lifetime)
+    renewing = asyncio.create_task(_keep_fresh(certificate), name="server certificate")
+    try:
+        yield Identity(
+            keyring,
+            CertificateAuthority(keyring.ca, lifetime),
+            Enrolment(keyring),
+            certificate,
+        )
+    finally:
+        renewing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await renewing
+
+
+async def rotate_passphrase(database: Database, vault: VaultKey) -> Passphrase:
+    """A new enrolment passphrase; the old one is worth nothing from now on."""
+    async with database.writing() as session:
+        return await write_passphrase(session, vault, Passphrase.create())
+
+
+async def _ensure_passphrase(database: Database, vault: VaultKey) -> None:
+    with contextlib.suppress(ConflictError):  # another config server made one just now
+        async with database.writing() as session:
+            if await read_passphrase(session, vault) is None:
+                await write_passphrase(session, vault, Passphrase.create())
+
+
+async def _keep_fresh(certificate: ServerCertificate) -> None:
+    while True:
+        await asyncio.sleep(RENEWAL_LOOK_SECONDS)
+        try:
+            if await asyncio.to_thread(certificate.renew_if_due):
+                structlog.get_logger().info("own certificate renewed")
+        except StorageError as error:
+            structlog.get_logger().warning("own certificate not renewed", reason=str(error))
