@@ -2,11 +2,12 @@
 
 import argparse
 import asyncio
+import contextlib
 import sys
 
-from appliance.process_server.admission import Admission
 from appliance.process_server.cache_account import CacheAccount, open_cache_account
 from appliance.process_server.config import Config
+from appliance.process_server.control import controlled, follow, open_admission, open_tls
 from appliance.process_server.disk_threads import DiskThreads
 from appliance.process_server.listener import listen
 from appliance.process_server.measures import Measures
@@ -19,8 +20,10 @@ from appliance.process_server.streams import Streams
 from appliance.process_server.upload_budget import UploadBudget
 from appliance.process_server.uploader import Uploader
 from appliance.process_server.watcher import Watcher
+from daemon.enrolment import add_enrol_options, enrol_command
 from daemon.heap import bound_heap
 from daemon.service import Health, Service, fail, run_daemon
+from replication.control.role import NodeRole
 from replication.errors import IntegrityError, ReplicationError
 
 GAUGE_SECONDS = 0.5
@@ -57,7 +60,7 @@ async def _serve_with(
     )
     watcher = Watcher(cache, uploader, config.cache, persistence, measures, health=service.health)
     room = Room(config.spool.bytes_max)
-    admission = Admission(config.machines or None)
+    admission, tls = open_admission(config), open_tls(config)
 
     async def tend(stream: Stream) -> None:
         part = f"spool of {stream.machine}"
@@ -69,7 +72,12 @@ async def _serve_with(
             # One machine's damaged spool must not stop the others; a person has to look.
             service.health.report(part, critical=str(_first(damage)))
 
-    async with asyncio.TaskGroup() as tasks:
+    async with contextlib.AsyncExitStack() as stack:
+        control = None
+        if config.control is not None:
+            client = controlled(config.control, service, admission, tls)
+            control = await stack.enter_async_context(client)
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
         streams = Streams(
             spool,
             room,
@@ -83,7 +91,10 @@ async def _serve_with(
         await streams.restore()
         tending.append(tasks.create_task(_gauge(service.health, measures, streams)))
         receiver = Receiver(streams, config.limits, admission, measures)
-        async with listen(config.listen, config.tls, config.limits, receiver.handle) as port:
+        async with listen(config.listen, tls, config.limits, receiver.handle) as port:
+            if control is not None:
+                following = follow(control, admission, streams, service, config.listen.url(port))
+                tending.append(tasks.create_task(following, name="control"))
             service.ready(f"agents on port {port}")
             await service.stop.wait()
         for task in tending:
@@ -118,11 +129,16 @@ def main() -> int:
         description="Takes agents' streams over HTTPS, keeps them safe, uploads them.",
     )
     parser.add_argument("--config", required=True, metavar="FILE.toml")
-    arguments = parser.parse_args()
+    parser.add_argument("action", nargs="?", choices=("run", "enrol"), default="run")
+    add_enrol_options(parser)
+    options = parser.parse_args()
     try:
-        config = Config.load(arguments.config)
+        config = Config.load(options.config)
     except ReplicationError as error:
         return fail(error)
+    if options.action == "enrol":
+        names = config.listen.certificate_names()
+        return enrol_command(options, config.control, NodeRole.PROCESS_SERVER, names=names)
     bound_heap(HEAP_MAPPED_BYTES_MIN)
     return run_daemon("process-server", config.service, lambda service: serve(service, config))
 

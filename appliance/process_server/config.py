@@ -1,6 +1,7 @@
 """What the process server is told: where it listens, its spool, its cache account, its limits."""
 
 import os
+import socket
 import stat
 import uuid
 from typing import Self
@@ -8,6 +9,7 @@ from typing import Self
 from pydantic import Field, SecretStr, model_validator
 
 from daemon.config import DaemonConfig, Section
+from daemon.control_config import ControlConfig
 from daemon.service import ServiceConfig
 from daemon.tls import TlsFiles
 from replication.errors import ConfigError
@@ -18,10 +20,26 @@ SPOOL_BYTES_MIN = 2 * SEGMENT_BYTES_MAX
 
 
 class ListenConfig(Section):
-    """Where agents reach it. Port 0: any free one, told in the log."""
+    """Where agents reach it. Port 0: any free one, told in the log.
+
+    names:      DNS names and addresses that its certificate is to say, when it enrols; none: the
+                host's name.
+    public_url: what agents are told, where it is not the first name and the port.
+    """
 
     host: str = "0.0.0.0"  # noqa: S104 - agents come from other machines, with certificates
     port: int = Field(default=PORT_DEFAULT, ge=0, le=65535)
+    names: tuple[str, ...] = Field(default=(), max_length=32)
+    public_url: str = Field(default="", pattern=r"^(https://[^/\s]+)?$")
+
+    def certificate_names(self) -> tuple[str, ...]:
+        return self.names or (socket.getfqdn(),)
+
+    def url(self, port: int) -> str:
+        """Where agents reach what listens on ``port``."""
+        name = self.certificate_names()[0]
+        host = f"[{name}]" if ":" in name else name
+        return self.public_url or f"https://{host}:{port}"
 
 
 class SpoolConfig(Section):
@@ -115,13 +133,24 @@ class LimitConfig(Section):
 class Config(DaemonConfig):
     """The process server's configuration file.
 
+    It knows its machines either from here, by ``tls`` and ``machines``, or from a config server.
+
     machines: who may send; empty: everyone who has a machine's certificate of the CA.
     """
 
     listen: ListenConfig = ListenConfig()
-    tls: TlsFiles
+    tls: TlsFiles | None = None
+    control: ControlConfig | None = None
     spool: SpoolConfig
     cache: CacheConfig
     limits: LimitConfig = LimitConfig()
     machines: tuple[uuid.UUID, ...] = ()
     service: ServiceConfig = ServiceConfig()
+
+    @model_validator(mode="after")
+    def _one_authority(self) -> Self:
+        if (self.tls is None) == (self.control is None):
+            raise ValueError("give either [tls], with certificates made by hand, or [control]")
+        if self.control is not None and self.machines:
+            raise ValueError("machines: with [control] the config server says who may send")
+        return self

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from aiohttp import web
@@ -9,7 +10,6 @@ from aiohttp.web_protocol import RequestHandler
 
 from appliance.process_server.config import LimitConfig, ListenConfig
 from appliance.process_server.refusal import Kind
-from daemon.tls import TlsFiles, server_context
 from replication.errors import ConfigError
 from replication.stream import Refusal
 
@@ -24,12 +24,14 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 @contextlib.asynccontextmanager
 async def listen(
-    config: ListenConfig, tls: TlsFiles, limits: LimitConfig, handler: Handler
+    config: ListenConfig, tls: ssl.SSLContext, limits: LimitConfig, handler: Handler
 ) -> AsyncIterator[int]:
     """Serve ``handler`` while the context is open; yields the port.
 
+    tls: certificates that are loaded into it meanwhile are shown to who connects from then on.
+
     On leaving, requests that have begun are given DRAIN_SECONDS_MAX. Raises ConfigError when the
-    address or the certificates cannot be used.
+    address cannot be used.
     """
     loop = asyncio.get_running_loop()
     silent: set[RequestHandler] = set()  # connected, and no whole request yet
@@ -71,7 +73,7 @@ async def listen(
             connect,
             config.host,
             config.port,
-            ssl=server_context(tls),
+            ssl=tls,
             backlog=ACCEPT_BACKLOG,
             ssl_handshake_timeout=limits.header_seconds_max,
         )

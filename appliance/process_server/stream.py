@@ -48,6 +48,7 @@ class Changeset:
     """A committed changeset, and how far it is uploaded.
 
     since:           the number that it counts from.
+    committed_ns:    when it was acknowledged, by the clock here.
     uploaded:        indexes of segments that the cache has acknowledged.
     whole:           whether the manifest is there too.
     recheck_at:      when the cache is next asked whether it still has it all (loop time).
@@ -60,6 +61,7 @@ class Changeset:
     time_ns: int
     manifest_bytes: int
     manifest_digest: bytes
+    committed_ns: int = field(default_factory=time.time_ns)
     uploaded: set[int] = field(default_factory=set)
     whole: bool = False
     recheck_at: float = 0.0
@@ -68,6 +70,10 @@ class Changeset:
     @property
     def stamp(self) -> Stamp:
         return self.id.stamp
+
+    @property
+    def size_bytes(self) -> int:
+        return self.manifest_bytes + sum(segment.size_bytes for segment in self.segments)
 
 
 class Stream:
@@ -102,6 +108,7 @@ class Stream:
         for one in sorted(manifested, key=lambda one: one.id.stamp):
             assert one.manifest is not None
             self._hold(one.id, one.segments, one.manifest, one.manifest_digest, one.manifest_bytes)
+            self.held[one.id.stamp].committed_ns = one.began
             if one.id.stamp > self.position.committed:
                 self.position = self.position.after_commit(one.manifest, one.manifest_digest)
         for one in sorted(stored.attempts, key=lambda one: one.began):

@@ -86,7 +86,9 @@ class ProcessServer:
         limits: str = "",
         cache: str = "",
         head: str = "",
+        authority: str = "",
     ) -> None:
+        """``authority``: a section in the place of ``[tls]``."""
         self.certificates = certificates
         self.spool = spool or folder / "spool"
         self.port, self.health_port = free_ports(2)
@@ -94,15 +96,18 @@ class ProcessServer:
         self._config = folder / "process_server.toml"
         self._process: subprocess.Popen[bytes] | None = None
         tls = certificates.of_server()
+        by_hand = f"""[tls]
+certificate = "{tls.certificate}"
+key = "{tls.key}"
+ca = "{tls.ca}"
+"""
         self._config.write_text(
             f"""{head}
 [listen]
 host = "127.0.0.1"
 port = {self.port}
-[tls]
-certificate = "{tls.certificate}"
-key = "{tls.key}"
-ca = "{tls.ca}"
+names = ["127.0.0.1"]
+{authority or by_hand}
 [spool]
 folder = "{self.spool}"
 bytes_max = {spool_bytes_max}

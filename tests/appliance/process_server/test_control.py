@@ -1,0 +1,207 @@
+"""A process server that a config server tells whose streams it takes."""
+
+import ssl
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from appliance.process_server.admission import Admission, Shown
+from appliance.process_server.config import Config
+from appliance.process_server.refusal import Kind, RefusedError
+from daemon.certificates import serial_text
+from daemon.tls import TlsFiles
+from replication.bookmark import Stamp
+from replication.control.assignment import ProcessServerAssignment
+from replication.control.role import NodeRole
+from replication.errors import ConfigError
+from tests.appliance.orders import Orders
+from tests.appliance.process_server.rig import Agent, Certificates, ProcessServer, become
+from tests.appliance.process_server.sample import make_changeset
+from tests.azure_emu.fixtures import EmulatorProcess, free_ports
+
+NODE = uuid.uuid4()
+
+
+@pytest.fixture
+async def orders(tmp_path: Path) -> AsyncIterator[Orders]:
+    async with Orders(tmp_path / "orders", free_ports(1)[0]) as orders:
+        yield orders
+
+
+@pytest.fixture
+def server(
+    tmp_path: Path, certificates: Certificates, azurite: EmulatorProcess, orders: Orders
+) -> Iterator[ProcessServer]:
+    orders.identity(tmp_path / "identity", NodeRole.PROCESS_SERVER, NODE)
+    server = ProcessServer(
+        tmp_path,
+        certificates,
+        azurite.connection_string,
+        authority=f"""[control]
+config_server = "{orders.url}"
+identity_folder = "{tmp_path / "identity"}"
+report_seconds = 0.2
+wait_seconds = 2.0
+""",
+    )
+
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def assignment(
+    version: int, *machines: uuid.UUID, revoked: tuple[str, ...] = ()
+) -> ProcessServerAssignment:
+    return ProcessServerAssignment(version=version, machines=machines, revoked=revoked)
+
+
+def serial_of(files: TlsFiles) -> str:
+    found = ssl._ssl._test_decode_cert(files.certificate)  # type: ignore[attr-defined]
+    return serial_text(found["serialNumber"])
+
+
+async def test_streams_are_taken_of_assigned_machines_alone_and_they_change(
+    server: ProcessServer, orders: Orders
+) -> None:
+    machine, other = uuid.uuid4(), uuid.uuid4()
+    server.start()
+    tls = orders.machine_tls(machine)
+    async with Agent(server, machine, tls) as agent, Agent(server, machine, tls) as second:
+        assert (await agent.state()).told == (403, "forbidden")  # nobody has said anything
+        await orders.assign(NODE, assignment(1, machine))
+        await become(lambda: answers(agent, 200), seconds_max=10)
+        await agent.send(make_changeset(machine, Stamp(1, 1)))
+        await orders.assign(NODE, assignment(2, other))
+        await become(lambda: answers(agent, 403), seconds_max=10)
+        reply = await second.put(make_changeset(machine, Stamp(1, 2)), 0)
+        assert reply.told == (403, "forbidden")
+        assert "not among those" in reply.refusal.message
+        await orders.assign(NODE, assignment(3, machine, other))
+        await become(lambda: answers(agent, 200), seconds_max=10)
+
+
+async def test_revoked_certificate_is_refused_on_open_connections_within_seconds(
+    server: ProcessServer, orders: Orders
+) -> None:
+    machine = uuid.uuid4()
+    await orders.assign(NODE, assignment(1, machine))
+    server.start()
+    tls, new = orders.machine_tls(machine), orders.machine_tls(machine)
+    async with Agent(server, machine, tls) as agent:
+        await become(lambda: answers(agent, 200), seconds_max=10)
+        revoked_at = time.monotonic()
+        await orders.assign(NODE, assignment(2, machine, revoked=(serial_of(tls),)))
+        await become(lambda: answers(agent, 403), seconds_max=10)
+        assert time.monotonic() - revoked_at < 10
+        reply = await agent.put(make_changeset(machine, Stamp(1, 1)), 0)
+        assert reply.told == (403, "revoked")
+    async with Agent(server, machine, new) as renewed:
+        assert (await renewed.state()).status == 200
+        # A restart without the config server still knows.
+        await orders.leave()
+        server.kill()
+        server.start()
+    async with Agent(server, machine, tls) as agent:
+        assert (await agent.state()).told == (403, "revoked")
+
+
+async def test_certificates_of_other_nodes_open_no_stream(
+    server: ProcessServer, orders: Orders
+) -> None:
+    machine = uuid.uuid4()
+    await orders.assign(NODE, assignment(1, machine))
+    server.start()
+    for role in (NodeRole.PROCESS_SERVER, NodeRole.APPLIER):
+        async with Agent(server, machine, orders.machine_tls(machine, role)) as agent:
+            reply = await agent.state()
+            assert reply.told == (403, "forbidden")
+            assert role.value in reply.refusal.message
+
+
+async def test_streams_go_on_without_the_config_server_and_it_is_told(
+    server: ProcessServer, orders: Orders
+) -> None:
+    machine = uuid.uuid4()
+    await orders.assign(NODE, assignment(1, machine))
+    server.start()
+    async with Agent(server, machine, orders.machine_tls(machine)) as agent:
+        await become(lambda: answers(agent, 200), seconds_max=10)
+        await agent.send(make_changeset(machine, Stamp(1, 1)))
+        await become(lambda: has_stream(orders, machine), seconds_max=10)
+        report = orders.reports[NODE]
+        assert report["kind"] == "process-server"
+        assert report["url"] == f"https://127.0.0.1:{server.port}"
+        assert report["assignment"] == 1
+        assert 0 < report["spool_bytes"] < report["spool_max_bytes"]
+        assert report["free_bytes"] > 0
+        await orders.leave()
+        await become(lambda: told(server, "config server"), seconds_max=20)
+        await agent.send(make_changeset(machine, Stamp(1, 2)))
+        await orders.come_back()
+        await become(lambda: not_told(server, "config server"), seconds_max=30)
+
+
+def has_stream(orders: Orders, machine: uuid.UUID) -> bool:
+    streams = orders.reports.get(NODE, {}).get("streams", [])
+    return any(
+        one["machine"] == str(machine) and one["durable_ns"] and not one["backlog_bytes"]
+        for one in streams
+    )
+
+
+async def answers(agent: Agent, status: int) -> bool:
+    return (await agent.state()).status == status
+
+
+async def told(server: ProcessServer, part: str) -> bool:
+    return part in (await server.health())["warnings"]
+
+
+async def not_told(server: ProcessServer, part: str) -> bool:
+    return part not in (await server.health())["warnings"]
+
+
+def test_configuration_names_one_authority(tmp_path: Path) -> None:
+    base = f"""machines = []
+[spool]
+folder = "{tmp_path}"
+[cache]
+connection_string = "x"
+"""
+    tls = '[tls]\ncertificate = "a"\nkey = "b"\nca = "c"\n'
+    control = '[control]\nconfig_server = "https://c"\nidentity_folder = "/i"\n'
+    path = tmp_path / "process-server.toml"
+    for text, says in (
+        (base, "give either"),
+        (base + tls + control, "give either"),
+        (base.replace("[]", f'["{NODE}"]') + control, "the config server says who may send"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=says):
+            Config.load(str(path), {})
+
+
+def test_certificate_by_hand_needs_no_role_and_may_have_no_other() -> None:
+    machine = uuid.uuid4()
+    by_hand, from_control = Admission(None), Admission((machine,), from_control=True)
+    plain = Shown((str(machine),), (), 7)
+    by_hand.check(plain, machine)
+    with pytest.raises(RefusedError, match="not of a machine"):
+        from_control.check(plain, machine)
+    for admission in (by_hand, from_control):
+        admission.check(Shown((str(machine),), ("machine",), 7), machine)
+        for shown in (
+            Shown((str(machine),), ("applier",), 7),
+            Shown((str(machine),), ("machine", "applier"), 7),
+            Shown((str(machine), str(machine)), ("machine",), 7),
+            Shown((), ("machine",), 7),
+            Shown(),
+        ):
+            with pytest.raises(RefusedError) as told:
+                admission.check(shown, machine)
+            assert told.value.kind is Kind.FORBIDDEN
