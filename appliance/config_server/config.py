@@ -9,6 +9,7 @@ import socket
 
 from pydantic import Field, SecretStr, field_validator
 
+from appliance.config_server.watching.config import SmtpConfig, WatchingConfig
 from daemon.config import DaemonConfig, Section
 from daemon.service import ServiceConfig
 
@@ -94,6 +95,8 @@ class ConfigServerConfig(DaemonConfig):
     database: DatabaseConfig = DatabaseConfig()
     policies: PoliciesConfig = PoliciesConfig()
     limits: LimitConfig = LimitConfig()
+    watching: WatchingConfig = WatchingConfig()
+    smtp: SmtpConfig = SmtpConfig()
     service: ServiceConfig = ServiceConfig()
 
     def database_url(self) -> str:

@@ -19,7 +19,7 @@ Conventions for who adds a part (`identity`, `discovery`, `protection`, `watchin
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from appliance.config_server.audit import DONE, Audit
 from appliance.config_server.caller import Caller
 from appliance.config_server.config import ConfigServerConfig
 from appliance.config_server.store.engine import Database, open_database
+from appliance.config_server.watching.part import Watching, open_watching
 from daemon.durable import make_folder
 from daemon.service import Health, Service
 from replication.errors import ReplicationError, StorageError, UnavailableError
@@ -43,6 +44,7 @@ class Server:
     stop:     set when the daemon is to end.
     clock:    nanoseconds since 1970.
     attempts: sources that showed wrong tokens or proofs.
+    watching: health, RPO, events and measures.
     """
 
     config: ConfigServerConfig
@@ -51,6 +53,7 @@ class Server:
     health: Health
     registry: CollectorRegistry
     stop: asyncio.Event
+    watching: Watching
     clock: Callable[[], int] = time.time_ns
     attempts: Attempts = field(default_factory=Attempts)
 
@@ -78,7 +81,11 @@ class Server:
             raise
 
 
-BACKGROUND: tuple[Callable[[Server], Awaitable[None]], ...] = ()
+async def _watch(server: Server) -> None:
+    await server.watching.run()
+
+
+BACKGROUND: tuple[Callable[[Server], Coroutine[None, None, None]], ...] = (_watch,)
 """What runs beside the API, from the start to the end of the daemon."""
 
 
@@ -92,6 +99,16 @@ async def open_server(
         database = await stack.enter_async_context(
             open_database(config.database_url(), connections_max=config.database.connections_max)
         )
+        watching = stack.enter_context(
+            open_watching(
+                config.watching,
+                config.smtp,
+                database=database,
+                health=service.health,
+                registry=service.registry,
+                clock=clock,
+            )
+        )
         yield Server(
             config=config,
             database=database,
@@ -99,5 +116,6 @@ async def open_server(
             health=service.health,
             registry=service.registry,
             stop=service.stop,
+            watching=watching,
             clock=clock,
         )

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse
 from appliance.config_server.api.access import Access, GuardedRoute, anyone
 from appliance.config_server.api.errors import answer_errors
 from appliance.config_server.api.limiting import Limiting
+from appliance.config_server.api.measuring import Measuring
 from appliance.config_server.api.router import PREFIX, Router
 from appliance.config_server.api.routes import ROUTERS
 from appliance.config_server.server import Server
@@ -55,6 +56,7 @@ def create_app(server: Server) -> FastAPI:
     app.openapi = describe  # type: ignore[method-assign]
     app.add_middleware(Limiting, limits=server.config.limits)
     answer_errors(app)
+    app.add_middleware(Measuring, measures=server.watching.measures)
     return app
 
 

@@ -6,6 +6,7 @@ Source: docs/CONTROL.md §10.
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from appliance.config_server.watching.node_health import (
     certificate_reason,
@@ -31,6 +32,7 @@ from replication.control.report import (
     MachineReport,
     ProcessServerReport,
 )
+from replication.control.role import NodeRole
 
 _GIB = 1 << 30
 UNREACHABLE = "unreachable"
@@ -46,13 +48,17 @@ class NodeFacts:
     """
 
     id: uuid.UUID
-    role: str
+    role: NodeRole
     name: str
     expected_ns: int
     report: ProcessServerReport | ApplierReport | MachineReport | None = None
     received_ns: int = 0
     certificate_ns: int = 0
     interval_seconds: float = REPORT_SECONDS_DEFAULT
+
+    @property
+    def kind(self) -> Literal["process-server", "applier"]:
+        return "process-server" if self.role is NodeRole.PROCESS_SERVER else "applier"
 
 
 @dataclass(frozen=True, slots=True)

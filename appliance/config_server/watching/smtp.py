@@ -73,3 +73,10 @@ async def send(message: EmailMessage, config: SmtpConfig) -> dict[str, str]:
             hint="look at [smtp] in the configuration and at that server; it is tried again",
         ) from error
     return {address: f"{answer.code} {answer.message}" for address, answer in refused.items()}
+
+
+def check(config: SmtpConfig) -> None:
+    """Raise ConfigError for files that cannot be used: better at the start than at the alert."""
+    if config.host:
+        read_password(config)
+        tls_context(config)

@@ -1,11 +1,22 @@
 """One module per noun; ROUTERS is what is served."""
 
 from appliance.config_server.api.router import Router
-from appliance.config_server.api.routes import audit, health_check, me, tokens
+from appliance.config_server.api.routes import (
+    audit,
+    components,
+    events,
+    health,
+    health_check,
+    me,
+    tokens,
+)
 
 ROUTERS: tuple[Router, ...] = (
     health_check.router,
     me.router,
     tokens.router,
     audit.router,
+    health.router,
+    events.router,
+    components.router,
 )

@@ -23,6 +23,7 @@ from replication.control.report import (
     StreamReport,
     Trouble,
 )
+from replication.control.role import NodeRole
 
 NOW = 1_800_000_000 * NS
 NODE = uuid.UUID(int=5)
@@ -53,7 +54,7 @@ def severity(
     code: Code, report: ProcessServerReport | ApplierReport | None, **changes: Any
 ) -> Severity | None:
     fields: dict[str, Any] = {"received_ns": ago(1), "certificate_ns": ago(-60 * DAY)}
-    facts = NodeFacts(NODE, "node", "n", ago(DAY), report, **(fields | changes))
+    facts = NodeFacts(NODE, NodeRole.APPLIER, "n", ago(DAY), report, **(fields | changes))
     found = {reason.code: reason for reason in node_health(facts, NOW).reasons}
     assert set(found) <= {code}
     return found[code].severity if found else None
@@ -130,7 +131,7 @@ def test_backlog_of_the_worst_stream(seconds: float, expected: Severity | None) 
 def test_heartbeat(seconds: float, expected: Severity | None) -> None:
     heard = process_server(time_ns=ago(seconds))
     assert severity(Code.NODE_SILENT, heard, received_ns=ago(seconds)) is expected
-    never = NodeFacts(NODE, "applier", "n", ago(seconds))
+    never = NodeFacts(NODE, NodeRole.APPLIER, "n", ago(seconds))
     state = node_health(never, NOW).state
     assert state == (expected.value if expected else State.NORMAL)
 

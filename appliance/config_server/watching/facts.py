@@ -1,0 +1,176 @@
+"""Reading from the database what health depends on.
+
+Reports are large and most are the same as at the last look: only those that are newer are read.
+"""
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from appliance.config_server.protection.jobs import JobState
+from appliance.config_server.protection.table import State as Protection
+from appliance.config_server.store.engine import Database
+from appliance.config_server.store.schema import (
+    Certificate,
+    Job,
+    Machine,
+    Node,
+    Policy,
+    VCenter,
+)
+from appliance.config_server.watching.assessment import Findings, MachineRow
+from appliance.config_server.watching.component_health import NodeFacts, VCenterFacts
+from appliance.config_server.watching.health import MachineFacts
+from appliance.config_server.watching.rpo import NS
+from replication.control.report import MachineReport, Report
+from replication.control.role import NodeRole
+
+FAILED_JOB_SECONDS = 7 * 86400
+"""A failed job that nobody repeats is forgotten then."""
+
+REPORTS_AT_ONCE_MAX = 200
+_REPORT: TypeAdapter[Report] = TypeAdapter(Report)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    seen_ns: int
+    report: Report | None
+
+
+class FactReader:
+    """Reads findings, and remembers the newest report of each node."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._reports: dict[uuid.UUID, _Seen] = {}
+
+    async def read(self, now_ns: int) -> Findings:
+        async with self._database.reading() as session:
+            nodes = (await session.execute(_NODES)).all()
+            await self._read_reports(session, {row.id: row.seen_ns for row in nodes})
+            ends = await _certificates(session)
+            machines = (await session.execute(_MACHINES)).all()
+            failed = await _failed_jobs(session, now_ns)
+            vcenters = (await session.execute(_VCENTERS)).all()
+            jobs = (
+                await session.execute(select(Job.state, func.count()).group_by(Job.state))
+            ).all()
+        used = {row.process_server_id for row in machines} | {row.applier_id for row in machines}
+        return Findings(
+            machines=tuple(
+                self._machine(row, ends.get(row.id, 0), failed.get(row.id, "")) for row in machines
+            ),
+            nodes=tuple(
+                self._node(row, ends.get(row.id, 0))
+                for row in nodes
+                if row.role != NodeRole.MACHINE and (row.id in used or ends.get(row.id, 0) > now_ns)
+            ),
+            vcenters=tuple(
+                VCenterFacts(row.id, row.name, row.state, row.reason, row.seen_ns)
+                for row in vcenters
+            ),
+            job_counts={state: count for state, count in jobs},  # noqa: C416 - rows are no pairs
+        )
+
+    async def _read_reports(self, session: AsyncSession, seen: dict[uuid.UUID, int]) -> None:
+        """Afterwards there is one for every node that ever reported, and for no other."""
+        self._reports = {node: held for node, held in self._reports.items() if node in seen}
+        newer = [
+            node
+            for node, seen_ns in seen.items()
+            if seen_ns and (node not in self._reports or self._reports[node].seen_ns != seen_ns)
+        ]
+        for start in range(0, len(newer), REPORTS_AT_ONCE_MAX):
+            some = newer[start : start + REPORTS_AT_ONCE_MAX]
+            query = select(Node.id, Node.seen_ns, Node.report).where(Node.id.in_(some))
+            for node, seen_ns, report in await session.execute(query):
+                self._reports[node] = _Seen(seen_ns, _parse(report))
+
+    def _machine(self, row: Any, certificate_ns: int, failed_job: str) -> MachineRow:
+        held = self._reports.get(row.id)
+        report = held.report if held else None
+        facts = MachineFacts(
+            id=row.id,
+            name=row.name,
+            state=Protection(row.state),
+            since_ns=row.since_ns,
+            cause=row.cause,
+            reason=row.reason,
+            rpo_threshold_seconds=row.rpo_threshold_seconds or 0,
+            app_frequency_seconds=row.app_frequency_seconds or 0,
+            report=report if isinstance(report, MachineReport) else None,
+            received_ns=held.seen_ns if held else 0,
+            certificate_ns=certificate_ns,
+            failed_job=failed_job,
+        )
+        return MachineRow(facts, row.process_server_id, row.applier_id)
+
+    def _node(self, row: Any, certificate_ns: int) -> NodeFacts:
+        held = self._reports.get(row.id)
+        return NodeFacts(
+            id=row.id,
+            role=NodeRole(row.role),
+            name=row.name,
+            expected_ns=row.enrolled_ns,
+            report=held.report if held else None,
+            received_ns=held.seen_ns if held else 0,
+            certificate_ns=certificate_ns,
+        )
+
+
+def _parse(report: dict[str, Any] | None) -> Report | None:
+    """None for one that a neighbouring version wrote and this one cannot read."""
+    if report is None:
+        return None
+    try:
+        return _REPORT.validate_python(report)
+    except ValidationError:
+        return None
+
+
+async def _certificates(session: AsyncSession) -> dict[uuid.UUID, int]:
+    """When the newest good certificate of each node ends."""
+    query = (
+        select(Certificate.node_id, func.max(Certificate.expires_ns))
+        .where(Certificate.revoked_ns.is_(None))
+        .group_by(Certificate.node_id)
+    )
+    return {node: int(ends) for node, ends in await session.execute(query)}
+
+
+async def _failed_jobs(session: AsyncSession, now_ns: int) -> dict[uuid.UUID, str]:
+    """What the newest job of each machine says, where that failed; ids sort by time."""
+    newest = (
+        select(func.max(Job.id))
+        .where(Job.created_ns > now_ns - FAILED_JOB_SECONDS * NS)
+        .group_by(Job.target_id)
+    )
+    query = select(Job.target_id, Job.kind, Job.error).where(
+        Job.id.in_(newest), Job.state == JobState.FAILED
+    )
+    return {
+        target: f"{kind} failed: {(error or {}).get('message', 'no reason is known')}"
+        for target, kind, error in await session.execute(query)
+        if target is not None
+    }
+
+
+_NODES = select(Node.id, Node.role, Node.name, Node.enrolled_ns, Node.seen_ns)
+_VCENTERS = select(VCenter.id, VCenter.name, VCenter.state, VCenter.reason, VCenter.seen_ns)
+_MACHINES = select(
+    Machine.id,
+    Machine.name,
+    Machine.state,
+    Machine.since_ns,
+    Machine.cause,
+    Machine.reason,
+    Machine.process_server_id,
+    Machine.applier_id,
+    Policy.rpo_threshold_seconds,
+    Policy.app_frequency_seconds,
+).outerjoin(Policy, Machine.policy_id == Policy.id)
