@@ -1,8 +1,9 @@
 """Whether a recovered disk is good: its journal replayed on a copy, then the checker's word.
 
-The image itself is only read. A copy (sparse) is attached, mounted once so that the kernel
-replays the journal as it would after a power cut, unmounted, and checked by the file system's own
-tool. Databases are started on copies too, and do their own recovery.
+The image itself is only read. A sparse copy (by ``cp`` where nobody gives a quicker way) is
+attached, mounted once so that the kernel replays the journal as it would after a power cut,
+unmounted, and checked by the file system's own tool. Databases are started on copies too, and do
+their own recovery.
 """
 
 import contextlib
@@ -22,6 +23,10 @@ _CHECKERS = {
     "btrfs": ("btrfs", "check", "--readonly"),
 }
 LOG_BYTES_SHOWN = 2000
+
+Copier = Callable[[str, str], object]
+"""Writes the content of an image (first path) into a new sparse file (second path)."""
+
 # The source with the same UUID may be mounted on this very machine: XFS must be told.
 _OPTIONS = {"ext4": "rw", "xfs": "rw,nouuid", "btrfs": "rw"}
 
@@ -36,13 +41,17 @@ class FileSystemReport:
 
 
 def check_file_system(
-    image: str, scratch_folder: str, inspect: Callable[[str], object] | None = None
+    image: str,
+    scratch_folder: str,
+    inspect: Callable[[str], object] | None = None,
+    *,
+    copy: Copier | None = None,
 ) -> FileSystemReport:
     """Check one image; ``inspect`` is called with the copy's mount point after the replay.
 
     Raises IntegrityError with the checker's last words, or what ``inspect`` raises.
     """
-    with _copied(image, scratch_folder) as (device, point):
+    with _copied(image, scratch_folder, copy) as (device, point):
         kind = _mount(image, device, point)
         space = os.statvfs(point)
         try:
@@ -58,15 +67,17 @@ def check_file_system(
         )
 
 
-def check_database(data_image: str, wal_image: str, scratch_folder: str) -> BalanceSums:
+def check_database(
+    data_image: str, wal_image: str, scratch_folder: str, *, copy: Copier | None = None
+) -> BalanceSums:
     """Start PostgreSQL from two images of one moment; return pgbench's sums, which agree.
 
     Raises IntegrityError when a file system cannot be mounted, PostgreSQL does not recover, the
     sums differ, or a file system is not clean afterwards.
     """
     with (
-        _copied(data_image, scratch_folder) as (data_device, data_point),
-        _copied(wal_image, scratch_folder) as (wal_device, wal_point),
+        _copied(data_image, scratch_folder, copy) as (data_device, data_point),
+        _copied(wal_image, scratch_folder, copy) as (wal_device, wal_point),
     ):
         kinds = (
             _mount(data_image, data_device, data_point),
@@ -111,18 +122,22 @@ def _sums(data_point: str, wal_point: str, image: str) -> BalanceSums:
 
 
 @contextlib.contextmanager
-def _copied(image: str, scratch_folder: str) -> Iterator[tuple[str, str]]:
+def _copied(image: str, scratch_folder: str, copier: Copier | None) -> Iterator[tuple[str, str]]:
     """A copy's loop device and an empty mount point; all of it gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="check-", dir=scratch_folder) as folder:
         copy, point = os.path.join(folder, "disk.img"), os.path.join(folder, "mount")
         os.mkdir(point)
-        run_tool("cp", "--sparse=always", "--reflink=auto", image, copy)
+        (copier or _copy)(image, copy)
         os.chmod(copy, 0o600)  # a recovery point's own file is read-only
         try:
             yield block_device.attach(copy), point
         finally:
             block_device.unmount_by_force(point)
             block_device.detach(copy)
+
+
+def _copy(image: str, copy: str) -> None:
+    run_tool("cp", "--sparse=always", "--reflink=auto", image, copy)
 
 
 def _mount(image: str, device: str, point: str) -> str:

@@ -4,9 +4,11 @@ import json
 import os
 from dataclasses import dataclass
 
+from appliance.applier.store import export
+from appliance.cli.store_choice import find_machine, find_point
 from deploy.lab.layout import Layout
 from replication.errors import IntegrityError
-from vsphere_emu.check import check_database, check_file_system
+from vsphere_emu.check import Copier, check_database, check_file_system
 
 PIECE_BYTES = 4 << 20
 
@@ -78,12 +80,27 @@ def equals_source(image: str, source: str) -> int:
             compared += len(mine)
 
 
-def is_clean(image: str, scratch: str) -> None:
+def is_clean(layout: Layout, image: str) -> None:
     """The file system of the image is clean once its journal is replayed, on a scratch copy."""
-    check_file_system(image, scratch)
+    check_file_system(image, layout.scratch, copy=_exporter(layout))
 
 
-def opens_database(data_image: str, wal_image: str, scratch: str) -> int:
+def opens_database(layout: Layout, data_image: str, wal_image: str) -> int:
     """PostgreSQL starts from the two disks; returns the sum on which pgbench's tables agree."""
-    sums = check_database(data_image, wal_image, scratch)
+    sums = check_database(data_image, wal_image, layout.scratch, copy=_exporter(layout))
     return sums.accounts
+
+
+def _exporter(layout: Layout) -> Copier:
+    """Copies a disk of a point as ``understudy export`` does: its data alone, not its holes."""
+
+    def copy(image: str, output: str) -> None:
+        folder, file = os.path.split(image)
+        machine, name = os.path.split(folder)
+        reader = find_machine(layout.store, os.path.basename(machine))
+        point = find_point(reader, name)
+        disk = int(file.removeprefix("disk").removesuffix(".img"))
+        with reader.open_view(point.position, disk) as view:
+            export(view, output)
+
+    return copy

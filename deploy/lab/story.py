@@ -3,8 +3,10 @@
 Told to a person as it happens; any step that does not hold ends it with the reason.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -26,7 +28,7 @@ from vsphere_emu.guest import Guest
 
 INITIAL_SECONDS_MAX = 300.0
 CATCH_UP_SECONDS_MAX = 120.0
-WORKLOAD_SECONDS_MAX = 60.0
+PROOFS_AT_ONCE = 2
 
 
 @dataclass(slots=True)
@@ -190,33 +192,43 @@ class Story:
 
     def _prove(self) -> None:
         self._step("5  Proof")
-        layout = self._stack.layout
+        checks: list[Callable[[], str]] = []
         for story in self._guests:
-            newest = max(list_points(layout, story.name), key=lambda point: point.time_ns)
-            checked = sum(
-                equals_source(newest.image(index), path)
-                for index, path in enumerate(story.flat_paths)
-            )
-            self._done(
-                f"{story.name}: newest point = source in every block ({_mebibytes(checked)})"
-            )
-        for story in self._guests:
+            checks.append(functools.partial(self._prove_equal, story))
             for point in _spread(story.under_load):
-                for index, disk in enumerate(story.guest.config.disks):
-                    is_clean(point.image(index), layout.scratch)
-                    self._done(
-                        f"{story.name}: {disk.file_system} of disk {index} is clean at "
-                        f"[cyan]{point.name}[/cyan], taken under load"
-                    )
-        for story in self._guests:
+                checks.extend(
+                    functools.partial(self._prove_clean, story, point, index)
+                    for index in range(len(story.guest.config.disks))
+                )
             work = story.guest.config.workload
             if work is not None and work.kind == "pgbench":
                 point = story.under_load[len(story.under_load) // 2]
-                total = opens_database(point.image(0), point.image(1), layout.scratch)
-                self._done(
-                    f"{story.name}: PostgreSQL starts from [cyan]{point.name}[/cyan]; the sums of "
-                    f"all balances agree ({total})"
-                )
+                checks.append(functools.partial(self._prove_database, story, point))
+        with ThreadPoolExecutor(PROOFS_AT_ONCE, thread_name_prefix="proof") as pool:
+            for proved in pool.map(lambda check: check(), checks):
+                self._done(proved)
+
+    def _prove_equal(self, story: GuestStory) -> str:
+        points = list_points(self._stack.layout, story.name)
+        newest = max(points, key=lambda point: point.time_ns)
+        checked = sum(
+            equals_source(newest.image(index), path) for index, path in enumerate(story.flat_paths)
+        )
+        return f"{story.name}: newest point = source in every block ({_mebibytes(checked)})"
+
+    def _prove_clean(self, story: GuestStory, point: Point, index: int) -> str:
+        is_clean(self._stack.layout, point.image(index))
+        return (
+            f"{story.name}: {story.guest.config.disks[index].file_system} of disk {index} is clean "
+            f"at [cyan]{point.name}[/cyan], taken under load"
+        )
+
+    def _prove_database(self, story: GuestStory, point: Point) -> str:
+        total = opens_database(self._stack.layout, point.image(0), point.image(1))
+        return (
+            f"{story.name}: PostgreSQL starts from [cyan]{point.name}[/cyan]; the sums of "
+            f"all balances agree ({total})"
+        )
 
     def _go_on(self) -> None:
         """The guests go back to work: the stack stays up."""
