@@ -301,6 +301,7 @@ def settle(
 ) -> None:
     """Bring memory and process server together; see ``reconcile.py`` for the decisions."""
     log = structlog.get_logger()
+    _next_generation(state, stream)  # a leap is nobody's: it must not even have a resync required
     for _ in range(RECONCILE_STEPS_MAX):
         decision = reconcile(state.position, state.retained(), stream)
         match decision:

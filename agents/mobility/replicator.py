@@ -27,7 +27,7 @@ from agents.mobility.config import AgentConfig
 from agents.mobility.frame_builder import SegmentBuilder
 from agents.mobility.freeze import Freezer
 from agents.mobility.interruption import Interruption
-from agents.mobility.leave import Leave
+from agents.mobility.leave import Leave, clear_order
 from agents.mobility.resync import Resynchroniser
 from agents.mobility.source import SourceDisk, is_dirty
 from agents.mobility.status import AgentStatus, ChangesetRecord
@@ -98,8 +98,8 @@ class Replicator:
         self._interrupted = interrupted
         self._data_key = config.data_key()
         self._watermark_key = WatermarkKey(self._data_key, config.machine)
-        leave = Leave.parse(config.resync)
-        self._order = order or (lambda: leave.order(dt.datetime.now()))  # noqa: DTZ005 - the wall's
+        self._leave = Leave.parse(config.resync)
+        self._order = order or self._own_order
         self._executor = ThreadPoolExecutor(SEALING_THREADS, thread_name_prefix="seal")
         self._clock = _Clock()
         self._stream: StreamState | None = None
@@ -163,6 +163,11 @@ class Replicator:
             await self._pause(TICK_SECONDS)
         return None
 
+    def _own_order(self) -> ResyncOrder:
+        """Without a config server."""
+        now = dt.datetime.now().astimezone()
+        return self._leave.order(now, self._state.folder, self._state.position.resync_request)
+
     async def _take_up(self, order: ResyncOrder) -> None:
         """An operator wants a resync, of a healthy machine too. One that is sending is let end."""
         position = self._state.position
@@ -177,6 +182,7 @@ class Replicator:
                 ordered=True,
                 request=order.request,
             )
+            await asyncio.to_thread(clear_order, self._state.folder)
 
     def _is_due(self, now: float) -> bool:
         if now < self._clock.changeset_at:

@@ -9,7 +9,7 @@ import pytest
 from agents.mobility.app_scripts import check_scripts
 from agents.mobility.bookkeeping import settle, take_up_repair
 from agents.mobility.device import DeviceIdentity
-from agents.mobility.stream_state import StreamStateFile
+from agents.mobility.stream_state import Stage, StreamStateFile
 from replication.bookmark import GENERATION_LEAP_MAX, NOTHING, Stamp
 from replication.document import UINT_MAX
 from replication.errors import ConfigError, PeerError
@@ -31,15 +31,16 @@ def state(tmp_path: Path) -> StreamStateFile:
 
 def reconciled(state: StreamStateFile, applied: Stamp) -> None:
     stream = StreamState(NOTHING, NO_ATTEMPT, 0, 0, Watermark(MACHINE, applied=applied))
-    settle(state, stream, {0: COUNT}, {0: IDENTITY}, interrupted="")
+    settle(state, stream, {0: COUNT}, {0: IDENTITY})
 
 
 def test_forged_generation_does_not_use_the_numbers_up(state: StreamStateFile) -> None:
     with pytest.raises(PeerError, match="generation 4294967295"):
         reconciled(state, Stamp((1 << 32) - 1, 1))
     assert state.position.generation == 1
+    assert state.position.resync is None
     reconciled(state, Stamp(1 + GENERATION_LEAP_MAX, 1))
-    assert state.position.generation == 2 + GENERATION_LEAP_MAX
+    assert state.position.stage is Stage.REQUIRED
 
 
 def test_forged_repair_request_does_not_hide_the_true_ones(state: StreamStateFile) -> None:

@@ -8,16 +8,23 @@ import pytest
 
 from agents.mobility.bookkeeping import (
     begin_generation,
+    begin_resync,
+    end_comparison,
     finish,
     learn_applied,
     make_pending,
+    note_compared,
+    reopen,
+    require_resync,
     settle,
     take_up_repair,
 )
 from agents.mobility.device import DeviceIdentity
-from agents.mobility.stream_state import Pending, StreamStateFile
+from agents.mobility.stream_state import Pending, Stage, StreamStateFile
 from replication.block_set import BlockSet
 from replication.bookmark import NOTHING, Stamp
+from replication.control.report import ResyncCause
+from replication.manifest import NO_BASIS
 from replication.stream import StreamState
 from replication.watermark import NO_ATTEMPT, Repair, RepairRun, Watermark
 
@@ -34,8 +41,21 @@ def told(
     return StreamState(server, ATTEMPT, 0, 0, watermark)
 
 
-def settled(state: StreamStateFile, stream: StreamState, interrupted: str = "") -> None:
-    settle(state, stream, {0: COUNT}, {0: IDENTITY}, interrupted=interrupted)
+def settled(state: StreamStateFile, stream: StreamState) -> None:
+    settle(state, stream, {0: COUNT}, {0: IDENTITY})
+
+
+def resync_begun(state: StreamStateFile, stream: StreamState, count: int = COUNT) -> None:
+    require_resync(state, ResyncCause.UNCLEAN_SHUTDOWN, "the machine was started anew")
+    begin_resync(state, stream, {0: count}, {0: IDENTITY})
+
+
+def closes(state: StreamStateFile) -> None:
+    """Send what begins a resync, and have it taken."""
+    number = state.position.committed + 1
+    stamp = Stamp(state.position.generation, number)
+    make_pending(state, Pending(stamp, ATTEMPT, whole=False), {}, audit_chunk=0)
+    finish(state)
 
 
 @pytest.fixture
@@ -76,17 +96,125 @@ def test_generation_is_above_all_that_anyone_has_seen(state: StreamStateFile) ->
     assert state.position.generation == 10
 
 
-def test_new_generation_lets_go_of_a_pending_commit_and_of_old_sets(
+def test_a_required_resync_sends_nothing_until_it_begins(state: StreamStateFile) -> None:
+    sends(state)
+    changed(state, 3)
+    sends(state, taken=False)
+    require_resync(state, ResyncCause.TRACKING_LOST, "tracking was lost")
+    assert state.position.pending is None
+    for told_now in (told(Stamp(1, 1)), told(Stamp(1, 2)), told(Stamp(7, 7))):
+        settled(state, told_now)
+        assert state.position.stage is Stage.REQUIRED
+        assert state.position.generation == 1
+
+
+def test_resync_lets_go_of_old_sets_and_keeps_what_is_known_to_have_changed(
     state: StreamStateFile,
 ) -> None:
     sends(state)
     changed(state, 3)
     sends(state, taken=False)
-    settled(state, told(Stamp(1, 1)), "the machine was started anew")
-    assert state.position.pending is None
-    assert state.position.generation == 2
-    assert len(state.todo[0]) == COUNT
+    resync_begun(state, told(Stamp(1, 1)))
+    position = state.position
+    assert (position.generation, position.committed, position.since) == (2, 0, 0)
+    assert position.stage is Stage.COMPARING
+    assert not position.seeded
+    assert numbers(state.todo[0]) == {3}
     assert os.listdir(f"{state.folder}/retained") == []
+
+
+@pytest.mark.parametrize("count", [COUNT // 2, COUNT * 2])
+def test_resync_of_a_disk_that_changed_its_size(state: StreamStateFile, count: int) -> None:
+    sends(state)
+    changed(state, 3, COUNT - 1)
+    resync_begun(state, told(Stamp(1, 1)), count)
+    assert state.todo[0].block_count == count
+    assert numbers(state.todo[0]) == ({3} if count < COUNT else {3, COUNT - 1})
+
+
+def test_resync_is_remembered_across_a_crash_at_each_step(state: StreamStateFile) -> None:
+    def again() -> StreamStateFile:
+        return StreamStateFile(os.path.dirname(state.folder), MACHINE)
+
+    sends(state)
+    require_resync(state, ResyncCause.DISK_RESIZED, "it grew", ordered=True, request=4)
+    assert again().position == state.position
+    begin_resync(state, told(Stamp(1, 1)), {0: COUNT}, {0: IDENTITY})
+    assert again().position == state.position
+    closes(state)
+    found = BlockSet(COUNT)
+    found.add_run(32, 16)
+    note_compared(state, b"b" * 16, {0: found}, 1 << 20)
+    assert again().position == state.position
+    assert numbers(again().todo[0]) == set(range(32, 48))
+    end_comparison(state)
+    assert again().position == state.position
+    assert state.position.applied == Stamp(2, 1)
+    assert state.position.resync_request == 4
+    sends(state)
+    assert again().position.resync is None
+    assert again().position.basis == b"b" * 16
+
+
+def test_what_closed_the_old_generation_and_was_lost_is_sent_once_more(
+    state: StreamStateFile,
+) -> None:
+    sends(state)
+    resync_begun(state, told(Stamp(1, 1)))
+    closes(state)
+    settled(state, told(Stamp(1, 1)))
+    assert (state.position.since, state.position.committed) == (0, 1)
+    assert state.position.stage is Stage.COMPARING
+    closes(state)
+    assert (state.position.since, state.position.committed) == (2, 2)
+
+
+def test_after_a_comparison_nothing_can_count_from_before_it(state: StreamStateFile) -> None:
+    sends(state)
+    resync_begun(state, told(Stamp(1, 1)))
+    closes(state)
+    note_compared(state, b"b" * 16, {}, 0)
+    end_comparison(state)
+    changed(state, 7)
+    sends(state)
+    settled(state, told())  # everything upstream is lost, the store is not
+    assert state.position.since == 1
+    assert numbers(state.todo[0]) == {7}
+
+
+def test_store_that_went_back_is_compared_from_the_beginning(state: StreamStateFile) -> None:
+    sends(state)
+    resync_begun(state, told(Stamp(1, 1)))
+    closes(state)
+    note_compared(state, b"b" * 16, {}, 5 << 20)
+    reopen(state)
+    assert state.position.since == 0
+    assert state.position.basis == NO_BASIS
+    assert state.position.resync is not None
+    assert state.position.resync.cursor == 0
+
+
+def test_first_cause_is_told_and_an_order_stays_good(state: StreamStateFile) -> None:
+    require_resync(state, ResyncCause.DISK_RESIZED, "it grew")
+    require_resync(state, ResyncCause.OPERATOR, "ordered", ordered=True, request=2)
+    resync = state.position.resync
+    assert resync is not None
+    assert (resync.cause, resync.ordered) == (ResyncCause.DISK_RESIZED, True)
+    begin_resync(state, told(), {0: COUNT}, {0: IDENTITY})
+    require_resync(state, ResyncCause.UNCLEAN_SHUTDOWN, "the machine was started anew")
+    resync = state.position.resync
+    assert (resync.cause, resync.ordered) == (ResyncCause.UNCLEAN_SHUTDOWN, True)
+    assert state.position.resync_request == 2
+
+
+def test_disks_that_come_while_comparing_begin_it_anew(state: StreamStateFile) -> None:
+    sends(state)
+    resync_begun(state, told(Stamp(1, 1)))
+    closes(state)
+    settle(state, told(Stamp(2, 1)), {0: COUNT, 1: COUNT}, {0: IDENTITY, 1: IDENTITY})
+    assert state.position.stage is Stage.REQUIRED
+    assert state.position.resync is not None
+    assert state.position.resync.cause is ResyncCause.DISKS_CHANGED
 
 
 def test_lost_changesets_are_to_do_again_and_count_from_what_is_known(
@@ -184,8 +312,15 @@ def test_repair_is_taken_up_once_and_within_the_disk(state: StreamStateFile) -> 
     assert (state.position.repaired, state.position.repairing) == (3, 3)
 
 
-def test_new_generation_counts_as_repair_of_all_that_was_asked(state: StreamStateFile) -> None:
-    settled(state, told(repair=Repair(4, (RepairRun(0, 1, 1),))), "tracking was lost")
+def test_resync_leaves_repairs_open(state: StreamStateFile) -> None:
+    sends(state)
+    asked = Repair(4, (RepairRun(0, 1, 1),))
+    resync_begun(state, told(Stamp(1, 1), repair=asked))
+    closes(state)
+    note_compared(state, b"b" * 16, {}, 0)
+    end_comparison(state)
+    assert take_up_repair(state, asked)
+    sends(state)
     assert (state.position.repaired, state.position.repairing) == (4, 4)
 
 

@@ -9,16 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.mobility.reconcile import (
+    Begin,
     Decision,
     DropPending,
     FinishPending,
     Fold,
     GoOn,
-    NewGeneration,
+    Require,
+    Stand,
     reconcile,
 )
-from agents.mobility.stream_state import Pending, Position
+from agents.mobility.stream_state import Pending, Position, Resync, Stage
 from replication.bookmark import NOTHING, Stamp
+from replication.control.report import ResyncCause
 from replication.stream import StreamState
 from replication.watermark import NO_ATTEMPT, Watermark
 
@@ -60,13 +63,24 @@ def position(committed: int, since: int | None = None, **changes: object) -> Pos
 
 
 def decide(where: Position, retained: dict[int, int], told: StreamState) -> Decision:
-    return reconcile(where, retained, told, interrupted="")
+    return reconcile(where, retained, told)
 
 
-def test_interruption_wins_over_all_else() -> None:
-    told = stream(at(5))
-    assert reconcile(position(5), {}, told, interrupted="rebooted") == NewGeneration("rebooted")
-    assert isinstance(decide(Position(), {}, stream()), NewGeneration)
+@pytest.mark.parametrize("told", [stream(), stream(at(9)), stream(at(5), lost=GENERATION)])
+def test_nothing_is_decided_while_a_resync_is_required(told: StreamState) -> None:
+    waits = Resync(ResyncCause.OPERATOR, "ordered")
+    pending = Pending(at(6), MINE, whole=True)
+    assert decide(position(5, resync=waits, pending=pending), {5: 4}, told) == Stand()
+    begun = replace(waits, stage=Stage.COMPARING)
+    assert decide(position(5, resync=begun), {5: 4}, stream(at(5))) == GoOn()
+
+
+def test_all_blocks_are_sent_of_a_machine_that_nobody_knows_and_of_no_other() -> None:
+    assert decide(Position(), {}, stream()) == Begin()
+    for told in (stream(at(1, generation=1)), stream(applied=at(3))):
+        decision = decide(Position(), {}, told)
+        assert isinstance(decision, Require)
+        assert decision.ordered
 
 
 def test_both_agree() -> None:
@@ -110,7 +124,8 @@ def test_pending_commit_is_settled_by_who_has_it(
 )
 def test_agent_with_an_old_state_begins_anew(told: StreamState) -> None:
     decision = decide(position(5), {5: 4}, told)
-    assert isinstance(decision, NewGeneration)
+    assert isinstance(decision, Require)
+    assert decision.cause is ResyncCause.STREAM_LOST
     assert "older" in decision.reason
 
 
@@ -120,15 +135,15 @@ def test_agent_with_an_old_state_begins_anew(told: StreamState) -> None:
 )
 def test_changeset_of_another_agent_is_noticed(told: StreamState) -> None:
     decision = decide(position(5), {5: 4}, told)
-    assert isinstance(decision, NewGeneration)
+    assert isinstance(decision, Require)
     assert "did not send" in decision.reason
 
 
-def test_second_site_that_cannot_go_on_gets_one_new_generation() -> None:
+def test_second_site_that_cannot_go_on_gets_one_resync() -> None:
     lost = stream(at(5), applied=at(4), lost=GENERATION)
-    assert isinstance(decide(position(5), {5: 4}, lost), NewGeneration)
+    assert isinstance(decide(position(5), {5: 4}, lost), Require)
     empty = stream(at(5), applied=NOTHING, lost=GENERATION)
-    assert isinstance(decide(position(5), {5: 4}, empty), NewGeneration)
+    assert isinstance(decide(position(5), {5: 4}, empty), Require)
     old = stream(at(5, generation=2), applied=at(4, generation=2), lost=2)
     assert decide(position(0), {}, old) == GoOn()
 
@@ -145,7 +160,7 @@ def test_lost_changesets_are_folded_back_to_what_is_known() -> None:
 
 
 def test_gap_in_what_is_kept_begins_anew() -> None:
-    assert isinstance(decide(position(6), {4: 3, 6: 5}, stream(at(3))), NewGeneration)
+    assert isinstance(decide(position(6), {4: 3, 6: 5}, stream(at(3))), Require)
 
 
 def covers(decision: Fold, retained: dict[int, int], since: int) -> bool:
@@ -177,7 +192,7 @@ def check(where: Position, retained: dict[int, int], told: StreamState) -> None:
         # Once folded, both agree.
         assert decide(replace(where, since=decision.since), {}, told) == GoOn()
     else:
-        assert isinstance(decision, NewGeneration)
+        assert isinstance(decision, Require)
         lacks = any(number not in retained for number in range(known + 1, where.since + 1))
         other = OTHER in (told.attempt, told.watermark.attempt)
         assert lacks or newest > at(where.committed) or other
@@ -231,7 +246,7 @@ def test_any_history_makes_sense(
         pending=Pending(at(committed + 1), MINE, whole=True) if pending else None,
     )
     decision = decide(where, chain, stream(at(server), attempt, at(applied), attempt))
-    if isinstance(decision, NewGeneration):
+    if isinstance(decision, Require):
         return
     told = stream(at(server), attempt, at(applied), attempt)
     check(where, chain, told)

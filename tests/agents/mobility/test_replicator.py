@@ -96,7 +96,7 @@ async def test_commit_whose_answer_is_garbage_is_settled_before_the_next_changes
                     client=client,
                     freezer=opened.enter_context(Freezer()),
                     service=service,
-                    interrupted="",
+                    interrupted=None,
                 )
                 opened.enter_context(_hasty())
                 working = asyncio.create_task(agent.run())

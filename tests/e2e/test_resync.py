@@ -1,0 +1,142 @@
+"""A machine whose changes do not join on is compared, and what differs is sent: nothing else."""
+
+import json
+import os
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from agents.mobility.leave import leave_order
+from agents.mobility.stream_state import StreamStateFile
+from agents.mobility.tracker.pins import remove_machine
+from replication.block_set import BLOCK_BYTES
+from replication.bookmark import Consistency
+from tests.e2e.counting_proxy import counting
+from tests.e2e.disk import Disk
+from tests.e2e.rig import Rig
+
+_MIB = 1 << 20
+DISK_BYTES = 64 * _MIB
+CHUNK_BYTES = 65536
+UNCHANGED_WIRE_BYTES_MAX = DISK_BYTES // 4096
+"""An unchanged disk of 4 GiB moves less than 1 MiB: this is the same share of a smaller one."""
+
+FIXED_WIRE_BYTES_MAX = 48 << 10
+"""Handshakes, state documents, manifests: they do not grow with the disk."""
+
+
+@pytest.fixture
+def disk(rig: Rig) -> Disk:
+    """A raw disk, two thirds of it full of bytes that do not shrink."""
+    made = rig.add_disk(DISK_BYTES)
+    rig.settings["agent"] = {"capture": {"audit_chunks": 0, "compare_share_max": 1.0}}
+    rig.settings["applier"] = {"scrub_bytes_per_second": 0}
+    _write(made, 0, os.urandom(40 * _MIB))
+    return made
+
+
+@pytest.fixture
+def running(rig: Rig, disk: Disk) -> Rig:
+    """Everything replicated, and at rest."""
+    assert disk.device
+    rig.start()
+    rig.wait_for_point()
+    rig.assert_newest_equals_source()
+    return rig
+
+
+def test_a_reboot_costs_a_comparison_and_what_differs(running: Rig, disk: Disk) -> None:
+    rig = running
+    old = rig.points()[-1]
+    rig.agent.stop()
+    _reboot(rig)
+    _write(disk, 5 * _MIB, os.urandom(BLOCK_BYTES))
+    _write(disk, 60 * _MIB, os.urandom(3 * BLOCK_BYTES))
+    rig.agent.start()
+    _await_generation(rig, 2)
+    rig.assert_newest_equals_source()
+    assert rig.agent_status()["sent_bytes"] < 3 * CHUNK_BYTES
+    assert _resync_record(rig)["settled"]
+    with rig.reader().open_view(old.position, 0) as view:
+        assert view.read(0, BLOCK_BYTES)
+    assert "cause=unclean-shutdown" in rig.agent.log.read_text()
+    _assert_nothing_claimed_too_early(rig)
+
+
+def test_an_order_on_an_unchanged_disk_moves_its_sums_alone(rig: Rig, disk: Disk) -> None:
+    with counting(rig.data_port) as proxy:
+        rig.settings["agent"]["process_server"] = f"https://127.0.0.1:{proxy.port}"
+        rig.start()
+        rig.wait_for_point()
+        rig.assert_newest_equals_source()
+        assert disk.size_bytes == DISK_BYTES
+        before = proxy.passed_bytes
+        _order(rig)
+        _await_generation(rig, 2)
+        moved = proxy.passed_bytes - before
+        assert moved < UNCHANGED_WIRE_BYTES_MAX + FIXED_WIRE_BYTES_MAX
+        assert rig.agent_status()["resync_request"] == 1
+        rig.assert_newest_equals_source()
+        rig.wait_until("the sums to go", lambda: not _sums_in_cache(rig))
+        rig.agent.stop()
+
+
+def _order(rig: Rig) -> None:
+    leave_order(str(rig.agent_state / str(rig.machine)))
+
+
+def _await_generation(rig: Rig, generation: int) -> None:
+    def has_come() -> bool:
+        points = rig.points()
+        return (
+            rig.agent_status().get("phase") == "replicating"
+            and bool(points)
+            and points[-1].bookmark.stamp.generation >= generation
+        )
+
+    rig.wait_until(f"a point of generation {generation}", has_come)
+
+
+def _reboot(rig: Rig) -> None:
+    """What a power cut leaves: no trackers, and a state that is of another boot."""
+    remove_machine(rig.machine)
+    state = StreamStateFile(str(rig.agent_state), rig.machine)
+    identities = {
+        disk: type(identity)(**(identity.as_json() | {"boot_id": "another boot"}))  # type: ignore[arg-type]
+        for disk, identity in state.position.identities.items()
+    }
+    state.save(identities=identities)
+
+
+def _write(disk: Disk, offset: int, data: bytes) -> None:
+    fd = os.open(disk.device, os.O_RDWR)
+    try:
+        assert os.pwrite(fd, data, offset) == len(data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _resync_record(rig: Rig) -> dict[str, Any]:
+    path = rig.store / "machines" / str(rig.machine) / "resync.json"
+    found: dict[str, Any] = json.loads(path.read_text())["begun"][-1]
+    return found
+
+
+def _sums_in_cache(rig: Rig) -> bool:
+    """Whether Azurite knows a container of sums."""
+    return any(
+        b"-s0000" in path.read_bytes() and rig.machine.hex.encode() + b"-s" in path.read_bytes()
+        for path in rig.azurite_data.glob("*.json")
+    )
+
+
+def _assert_nothing_claimed_too_early(rig: Rig) -> None:
+    """Between what begins a generation and its end no point is restorable."""
+    positions = rig.positions()
+    for before, after in pairwise(positions):
+        if after.bookmark.stamp.generation > before.bookmark.stamp.generation:
+            began = after.bookmark
+            if began.stamp.number == 1:
+                assert began.consistency is Consistency.NONE
