@@ -169,6 +169,15 @@ def name_part(name: x509.Name, oid: x509.ObjectIdentifier) -> str:
     return found[0] if len(found) == 1 else ""
 
 
+def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
+    """DNS names and addresses that a certificate is for."""
+    try:
+        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return ()
+    return tuple(str(name.value) for name in extension.value)
+
+
 def read_certificate(pem: bytes | str) -> x509.Certificate:
     """Raise PeerError when it is none."""
     try:

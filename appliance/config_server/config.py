@@ -9,6 +9,7 @@ import socket
 
 from pydantic import Field, SecretStr, field_validator
 
+from appliance.config_server.identity.config import IdentityConfig
 from appliance.config_server.watching.config import SmtpConfig, WatchingConfig
 from daemon.config import DaemonConfig, Section
 from daemon.service import ServiceConfig
@@ -92,6 +93,7 @@ class ConfigServerConfig(DaemonConfig):
 
     state_folder: str = "/var/lib/understudy-config-server"
     listen: ListenConfig = ListenConfig()
+    identity: IdentityConfig = IdentityConfig()
     database: DatabaseConfig = DatabaseConfig()
     policies: PoliciesConfig = PoliciesConfig()
     limits: LimitConfig = LimitConfig()

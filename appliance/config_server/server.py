@@ -30,6 +30,8 @@ from appliance.config_server.api.limits import Attempts
 from appliance.config_server.audit import DONE, Audit
 from appliance.config_server.caller import Caller
 from appliance.config_server.config import ConfigServerConfig
+from appliance.config_server.identity.identity import Identity, open_identity
+from appliance.config_server.nodes.part import Nodes, open_nodes
 from appliance.config_server.store.engine import Database, open_database
 from appliance.config_server.watching.part import Watching, open_watching
 from daemon.durable import make_folder
@@ -44,6 +46,8 @@ class Server:
     stop:     set when the daemon is to end.
     clock:    nanoseconds since 1970.
     attempts: sources that showed wrong tokens or proofs.
+    identity: keys, certificates, enrolment.
+    nodes:    what they are told and what they said last.
     watching: health, RPO, events and measures.
     """
 
@@ -53,6 +57,8 @@ class Server:
     health: Health
     registry: CollectorRegistry
     stop: asyncio.Event
+    identity: Identity
+    nodes: Nodes
     watching: Watching
     clock: Callable[[], int] = time.time_ns
     attempts: Attempts = field(default_factory=Attempts)
@@ -99,6 +105,11 @@ async def open_server(
         database = await stack.enter_async_context(
             open_database(config.database_url(), connections_max=config.database.connections_max)
         )
+        names = config.listen.certificate_names()
+        identity = await stack.enter_async_context(
+            open_identity(config.identity, config.state_folder, names, database)
+        )
+        nodes = await stack.enter_async_context(open_nodes(database, clock))
         watching = stack.enter_context(
             open_watching(
                 config.watching,
@@ -116,6 +127,8 @@ async def open_server(
             health=service.health,
             registry=service.registry,
             stop=service.stop,
+            identity=identity,
+            nodes=nodes,
             watching=watching,
             clock=clock,
         )

@@ -8,6 +8,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 from starlette.requests import HTTPConnection
 
+from daemon.certificates import name_part, names_of, serial_text
 from replication.control.role import NodeRole
 
 SCOPE_KEY = "peer"
@@ -15,31 +16,29 @@ SCOPE_KEY = "peer"
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A node as its certificate has it. ``serial`` is in hexadecimal, as in the database."""
+    """A node as its certificate has it. ``serial`` is in hexadecimal, as in the database.
+
+    names: DNS names and addresses that it may serve under; a process server has some.
+    """
 
     node: uuid.UUID
     role: NodeRole
     serial: str
+    names: tuple[str, ...] = ()
 
     @classmethod
     def of_certificate(cls, der: bytes) -> "Peer | None":
         """Whom a certificate names; none when it names no node, as a server's own does not."""
         certificate = x509.load_der_x509_certificate(der)
         try:
-            (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-            (unit,) = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)
             return cls(
-                uuid.UUID(str(name.value)),
-                NodeRole(str(unit.value)),
+                uuid.UUID(name_part(certificate.subject, NameOID.COMMON_NAME)),
+                NodeRole(name_part(certificate.subject, NameOID.ORGANIZATIONAL_UNIT_NAME)),
                 serial_text(certificate.serial_number),
+                names_of(certificate),
             )
         except ValueError:
             return None
-
-
-def serial_text(serial: int) -> str:
-    """How a serial number is written wherever it is written."""
-    return f"{serial:x}"
 
 
 def peer_of(request: HTTPConnection) -> Peer | None:

@@ -5,10 +5,11 @@ import contextlib
 import datetime as dt
 import os
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
+from appliance.config_server.api.limits import Rates
 from appliance.config_server.identity.certificates import CertificateAuthority
 from appliance.config_server.identity.config import IdentityConfig
 from appliance.config_server.identity.enrolment import Enrolment
@@ -25,19 +26,28 @@ from replication.errors import ConflictError, StorageError
 
 IDENTITY_FOLDER = "identity"
 RENEWAL_LOOK_SECONDS = 3600.0
+CHALLENGES_PER_SECOND = 2.0
+CHALLENGES_BURST = 100
+"""From one address: many machines behind it may enrol at once, none may fill the table."""
+
+
+def _challenge_rates() -> Rates:
+    return Rates(CHALLENGES_PER_SECOND, CHALLENGES_BURST)
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
     """The keys of this config server and what is done with them.
 
-    certificate: its own; ``certificate.context`` is the TLS context to listen with.
+    certificate:     its own; ``certificate.context`` is the TLS context to listen with.
+    challenge_rates: how often an address may ask for a challenge.
     """
 
     keyring: Keyring
     authority: CertificateAuthority
     enrolment: Enrolment
     certificate: ServerCertificate
+    challenge_rates: Rates = field(default_factory=_challenge_rates)
 
     @property
     def vault(self) -> VaultKey:

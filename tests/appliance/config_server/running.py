@@ -113,6 +113,11 @@ class Rig:
 async def open_rig(folder: Path, **config: Any) -> AsyncIterator[Rig]:
     """A server with its state in ``folder``; ``config`` as in the configuration file."""
     tree: dict[str, Any] = {"state_folder": str(folder / "state"), **config}
+    unlock_file = folder / "unlock"
+    if not unlock_file.exists():
+        unlock_file.touch(0o600)
+        unlock_file.write_text("the tests' own unlock passphrase")
+    tree.setdefault("identity", {"unlock_file": str(unlock_file)})
     tree.setdefault("limits", {"requests_per_second": 10_000, "requests_burst": 10_000})
     clock = Clock()
     service = Service(asyncio.Event(), Health(), CollectorRegistry())

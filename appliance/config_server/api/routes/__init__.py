@@ -3,17 +3,23 @@
 from appliance.config_server.api.router import Router
 from appliance.config_server.api.routes import (
     audit,
+    certificates,
     components,
+    enrolment,
     events,
     health,
     health_check,
     me,
+    node,
     tokens,
 )
 
 ROUTERS: tuple[Router, ...] = (
     health_check.router,
     me.router,
+    enrolment.router,
+    node.router,
+    certificates.router,
     tokens.router,
     audit.router,
     health.router,
