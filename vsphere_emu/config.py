@@ -1,14 +1,22 @@
-"""What the vSphere emulator is told: a datastore, and guests with disks and workloads."""
+"""What the vSphere emulator is told: a datastore, guests with disks and workloads, a vCenter."""
 
+import ipaddress
+import os
 import re
+import stat
+import uuid
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from daemon.config import DaemonConfig, Section
+from daemon.service import ServiceConfig
 from replication.errors import ConfigError
 
 DISK_BYTES_MIN = 1 << 20
+SYNTHETIC_COUNT_MAX = 10_000
+PASSWORD_CHARS_MAX = 1024
+_NAMESPACE = uuid.UUID("3c1c0f0e-5b57-4d6e-8a55-6f1a3a0b9f21")
 FileSystem = Literal["ext4", "xfs", "btrfs", "none"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
@@ -19,7 +27,20 @@ def _name(name: str) -> str:
     return name
 
 
+def _address(text: str) -> str:
+    return str(ipaddress.ip_address(text))
+
+
+def _folder(path: str) -> str:
+    if path and any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError(f"{path!r} is no path of folders, such as Production/Web")
+    return path
+
+
 Name = Annotated[str, AfterValidator(_name)]
+Address = Annotated[str, AfterValidator(_address)]
+FolderPath = Annotated[str, AfterValidator(_folder)]
+Mac = Annotated[str, Field(pattern=r"^([0-9a-f]{2}:){5}[0-9a-f]{2}$")]
 
 
 class DatastoreConfig(Section):
@@ -83,12 +104,40 @@ class PgbenchWorkload(Section):
 Workload = Annotated[WebWorkload | FilesWorkload | PgbenchWorkload, Field(discriminator="kind")]
 
 
+class AdapterConfig(Section):
+    """A guest's network adapter, as the vCenter tells of it; no packet ever flows.
+
+    mac: made up by the vCenter if absent.
+    """
+
+    network: Name = "production"
+    mac: Mac | None = None
+    addresses: tuple[Address, ...] = ()
+
+
 class GuestConfig(Section):
-    """A virtual machine: disks and what it does with them."""
+    """A virtual machine: disks and what it does with them.
+
+    bios_uuid:    by which an agent in it is recognised; made of the name if absent.
+    guest_system: one of vSphere's identifiers, VirtualMachineGuestOsIdentifier.
+    hostname:     the guest's own; its name if empty.
+    folder:       where in the datacenter it is: ``Production/Web``.
+    adapters:     network adapters.
+    """
 
     name: Name
     disks: Annotated[tuple[DiskConfig, ...], Field(min_length=1, max_length=16)]
     workload: Workload | None = None
+    bios_uuid: uuid.UUID | None = None
+    guest_system: Name = "debian12_64Guest"
+    hostname: str = ""
+    folder: FolderPath = ""
+    adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=8)] = ()
+
+    @property
+    def identity(self) -> uuid.UUID:
+        """The BIOS UUID: the one that is given, else one that follows from the name."""
+        return self.bios_uuid or uuid.uuid5(_NAMESPACE, f"guest {self.name}")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -111,6 +160,56 @@ class GuestConfig(Section):
         return self
 
 
+class Tls(Section):
+    """Certificate chain and private key (PEM files) of the vCenter."""
+
+    certificate: str
+    key: str
+
+
+class VCenterConfig(Section):
+    """The vCenter that ``serve`` plays; another one is another process with another file.
+
+    password, password_file: one of the two; the file is for its owner alone.
+    instance_uuid: by which vCenters are told apart; made of name, host and port if absent.
+    tls:           one is made, signed by itself, in ``root_folder/vcenter`` if absent.
+    session_idle_seconds: after which a session that asks nothing has to log in again.
+    synthetic_count: VMs without content that are there besides the guests.
+    """
+
+    name: Name = "vcenter"
+    host: Address = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8989
+    user: Annotated[str, Field(min_length=1, max_length=255)] = "administrator@vsphere.local"
+    password: SecretStr | None = None
+    password_file: str | None = None
+    instance_uuid: uuid.UUID | None = None
+    tls: Tls | None = None
+    datacenter: Name = "DC0"
+    esx_hosts: Annotated[tuple[Name, ...], Field(min_length=1, max_length=32)] = ("esx-01",)
+    session_idle_seconds: Annotated[int, Field(ge=1, le=86400)] = 1800
+    synthetic_count: Annotated[int, Field(ge=0, le=SYNTHETIC_COUNT_MAX)] = 0
+
+    @model_validator(mode="after")
+    def _one_password(self) -> Self:
+        if (self.password is None) == (self.password_file is None):
+            raise ValueError("give either password or password_file")
+        return self
+
+    @property
+    def identity(self) -> uuid.UUID:
+        """The instance UUID: the one that is given, else one that stays over restarts."""
+        told = f"vcenter {self.name} {self.host} {self.port}"
+        return self.instance_uuid or uuid.uuid5(_NAMESPACE, told)
+
+    def read_password(self) -> str:
+        """The password. Raises ConfigError for a file that is absent, empty or open to others."""
+        if self.password is not None:
+            return self.password.get_secret_value()
+        assert self.password_file is not None
+        return _read_private(self.password_file)
+
+
 class Config(DaemonConfig):
     """The emulator's configuration file.
 
@@ -120,6 +219,8 @@ class Config(DaemonConfig):
     root_folder: str
     datastore: DatastoreConfig
     guests: tuple[GuestConfig, ...]
+    vcenter: VCenterConfig | None = None
+    service: ServiceConfig = ServiceConfig()
 
     @model_validator(mode="after")
     def _names_once(self) -> Self:
@@ -137,3 +238,22 @@ class Config(DaemonConfig):
                     f"there is no guest {name}", hint=f"the guests are {', '.join(known)}"
                 )
         return tuple(known[name] for name in names) or self.guests
+
+
+def _read_private(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            content = file.read(PASSWORD_CHARS_MAX).strip()
+    except OSError as error:
+        raise ConfigError(f"cannot read the password file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the password file {path} is not text") from error
+    if mode & 0o077:
+        raise ConfigError(
+            f"the password file {path} has mode {mode:04o}, others could read it",
+            hint=f"chmod 600 {path}",
+        )
+    if not content:
+        raise ConfigError(f"the password file {path} is empty")
+    return content
