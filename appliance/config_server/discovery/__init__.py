@@ -1,0 +1,1 @@
+"""What the vCenters have: one reader each, and the inventory that they write."""
