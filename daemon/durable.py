@@ -45,6 +45,31 @@ def write_whole(path: str, parts: bytes | Iterable[bytes], *, mode: int = 0o600)
         raise storage_error("write", path, error) from error
 
 
+def write_new(path: str, content: bytes, *, mode: int = 0o600) -> None:
+    """Write ``path`` whole or not at all, and never over what is there.
+
+    Raises FileExistsError when something is, StorageError.
+    """
+    pending = f"{path}.{secrets.token_hex(4)}.new"
+    try:
+        fd = os.open(pending, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(content)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.link(pending, path)  # a rename would replace a file that came in between
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise storage_error("write", path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(pending)
+    sync_folder(os.path.dirname(path) or ".")
+
+
 def make_folder(path: str, *, mode: int = 0o700) -> None:
     """Create ``path`` and the folders above it, durably; fine if it is there."""
     missing = []

@@ -6,7 +6,6 @@ the parts of an appliance also call each other. Nothing is ever overwritten: a k
 trusts would be gone.
 """
 
-import contextlib
 import datetime as dt
 import os
 import secrets
@@ -28,7 +27,7 @@ from daemon.certificates import (
     read_key,
     subject,
 )
-from daemon.durable import make_folder, storage_error, sync_folder
+from daemon.durable import make_folder, write_new
 from replication.envelope import DATA_KEY_BYTES
 from replication.errors import ConfigError, PeerError
 
@@ -137,25 +136,10 @@ def _write_folder(folder: str, files: Sequence[tuple[str, bytes]]) -> None:
 
 
 def _write_new(path: str, content: bytes, mode: int) -> None:
-    """Write ``path`` whole or not at all, and never over what is there."""
-    pending = f"{path}.{secrets.token_hex(4)}.new"
     try:
-        fd = os.open(pending, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        try:
-            with open(fd, "wb", closefd=False) as file:
-                file.write(content)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.link(pending, path)  # a rename would replace a file that came in between
+        write_new(path, content, mode=mode)
     except FileExistsError as error:
         raise _exists(path) from error
-    except OSError as error:
-        raise storage_error("write", path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(pending)
-    sync_folder(os.path.dirname(path) or ".")
 
 
 def _refuse_existing(path: str) -> None:

@@ -61,7 +61,7 @@ async def open_identity(
     """Open what is there; make at the first start what is not. Raises ConfigError, StorageError."""
     folder = os.path.join(state_folder, IDENTITY_FOLDER)
     keyring = await open_keyring(folder, config.unlock_file, database)
-    await _ensure_passphrase(database, keyring.vault)
+    await ensure_passphrase(database, keyring.vault)
     lifetime = dt.timedelta(days=config.certificate_days)
     certificate = await asyncio.to_thread(ServerCertificate, keyring, folder, names, lifetime)
     renewing = asyncio.create_task(_keep_fresh(certificate), name="server certificate")
@@ -78,13 +78,8 @@ async def open_identity(
             await renewing
 
 
-async def rotate_passphrase(database: Database, vault: VaultKey) -> Passphrase:
-    """A new enrolment passphrase; the old one is worth nothing from now on."""
-    async with database.writing() as session:
-        return await write_passphrase(session, vault, Passphrase.create())
-
-
-async def _ensure_passphrase(database: Database, vault: VaultKey) -> None:
+async def ensure_passphrase(database: Database, vault: VaultKey) -> None:
+    """Make an enrolment passphrase where there is none yet."""
     with contextlib.suppress(ConflictError):  # another config server made one just now
         async with database.writing() as session:
             if await read_passphrase(session, vault) is None:

@@ -5,6 +5,7 @@ The database notes which keyring it belongs to, so that neither is ever used wit
 """
 
 import base64
+import contextlib
 import datetime as dt
 import hashlib
 import os
@@ -25,7 +26,7 @@ from daemon.certificates import (
     read_certificate,
     read_key,
 )
-from daemon.durable import make_folder, write_whole
+from daemon.durable import make_folder, write_new, write_whole
 from daemon.identity import read_private
 from replication.errors import ConfigError, ConflictError
 
@@ -89,9 +90,10 @@ async def open_keyring(folder: str, unlock_file: str, database: Database) -> Key
                 hint="restore the identity folder from a backup, or copy it from the other config "
                 "server of this database",
             ) from None
-        keyring = Keyring.create()
         make_folder(folder)
-        write_whole(path, _sealed(keyring, unlock))
+        with contextlib.suppress(FileExistsError):  # a command made one in the same moment
+            write_new(path, _sealed(Keyring.create(), unlock))
+        keyring = _parse(unseal(read_private(path), unlock, path), path)
     if not noted:
         await _note(database, keyring)
         noted = await _noted(database)
