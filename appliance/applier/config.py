@@ -11,8 +11,8 @@ from appliance.applier.cache_account import API_VERSION_DEFAULT, CacheAccount
 from appliance.applier.folder_account import FolderAccount
 from appliance.applier.retention import RetentionPolicy
 from daemon.config import DaemonConfig, Section
+from daemon.control_config import ControlConfig
 from daemon.service import ServiceConfig
-from replication.envelope import DATA_KEY_BYTES
 from replication.errors import ConfigError
 from replication.manifest import SEGMENT_BYTES_MAX
 
@@ -59,33 +59,19 @@ class Cache(Section):
 class Machine(Section):
     """A protected machine that this applier applies.
 
-    data_key_file: 64 hexadecimal digits in a file that none but its owner can read.
+    data_key_file: 64 hexadecimal digits in a file that none but its owner can read
+                   (daemon/data_key.py).
     """
 
     id: uuid.UUID
     name: Annotated[str, Field(min_length=1, max_length=255)]
     data_key_file: str
 
-    def read_data_key(self) -> bytes:
-        """Raise ConfigError when the file is missing, open to others or holds no key."""
-        where = f"data key of {self.name}"
-        text = read_secret(self.data_key_file, where).strip()
-        try:
-            key = bytes.fromhex(text)
-        except ValueError:
-            key = b""
-        if len(key) != DATA_KEY_BYTES:
-            raise ConfigError(
-                f"{where}: {self.data_key_file} does not hold {2 * DATA_KEY_BYTES} hexadecimal"
-                " digits",
-                hint="it must be the key that the machine's agent has",
-            )
-        return key
-
 
 class ApplierConfig(DaemonConfig):
     """The root of an applier's configuration.
 
+    machines:     whom it applies, unless a config server says that.
     store:        folder of the machines' layered stores.
     points_mount: folder where every recovery point is served as read-only files; none: nowhere.
     fetches_max:  segments fetched at once, all machines together.
@@ -100,7 +86,8 @@ class ApplierConfig(DaemonConfig):
 
     store: Annotated[str, Field(min_length=1)]
     cache: Cache
-    machines: Annotated[tuple[Machine, ...], Field(min_length=1, max_length=MACHINE_COUNT_MAX)]
+    machines: Annotated[tuple[Machine, ...], Field(max_length=MACHINE_COUNT_MAX)] = ()
+    control: ControlConfig | None = None
     retention: RetentionPolicy = RetentionPolicy()
     points_mount: str | None = None
     fetches_max: Annotated[int, Field(ge=1, le=64)] = 8
@@ -112,6 +99,12 @@ class ApplierConfig(DaemonConfig):
     gap_seconds_max: Positive = 900.0
     scrub_bytes_per_second: Annotated[int, Field(ge=0)] = 8 * _MIB
     service: ServiceConfig = ServiceConfig()
+
+    @model_validator(mode="after")
+    def _one_authority(self) -> Self:
+        if bool(self.machines) == (self.control is not None):
+            raise ValueError("give either [[machines]] or [control]")
+        return self
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:

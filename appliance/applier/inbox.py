@@ -6,6 +6,7 @@ costs no more than a short one.
 
 import uuid
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass, replace
 
 from appliance.applier.apply import Opened
@@ -107,10 +108,17 @@ class Inbox:
             first = max(1, last.number + 1 - CONTAINER_CHANGESETS)
             self.newest = max(self.newest, Stamp(last.generation, first))
 
-    async def next(self, head: Stamp) -> Opened | Gap | Idle:
-        """The changeset to apply to ``head``, or why there is none."""
+    async def next(self, head: Stamp, aside: Container[Stamp] = ()) -> Opened | Gap | Idle:
+        """The changeset to apply to ``head``, or why there is none.
+
+        aside: changesets that cannot be applied now, as if their manifests were damaged.
+        """
         while True:
-            step = follow(head, {stamp: seen.since for stamp, seen in self._seen.items()})
+            manifests = {
+                stamp: DAMAGED if stamp in aside else seen.since
+                for stamp, seen in self._seen.items()
+            }
+            step = follow(head, manifests)
             match step:
                 case Read(stamp):
                     await self._read(stamp)

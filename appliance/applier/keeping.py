@@ -6,7 +6,7 @@ goes into ``events.jsonl`` and ``repair.json`` of the machine's folder before an
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from appliance.applier.audit import Finding, audit_chunks, find_unreadable
 from appliance.applier.config import ApplierConfig
@@ -17,6 +17,7 @@ from appliance.applier.resync_record import ResyncRecord
 from appliance.applier.scrub import SLICE_BYTES_MAX, Scrub
 from appliance.applier.settled import settled
 from appliance.applier.store.machine_store import MachineStore
+from appliance.applier.target import Target
 from replication.bookmark import Bookmark
 from replication.manifest import Manifest
 from replication.watermark import Repair, RepairRun
@@ -39,12 +40,17 @@ class Keeping:
     """One open store's keeper."""
 
     def __init__(
-        self, store: MachineStore, config: ApplierConfig, metrics: ApplierMetrics, name: str
+        self,
+        store: MachineStore,
+        config: ApplierConfig,
+        metrics: ApplierMetrics,
+        target: Callable[[], Target],
     ) -> None:
+        """``target``: the machine, as it is wanted whenever it is asked for."""
         self._store = store
         self._config = config
         self._metrics = metrics
-        self._name = name
+        self._target = target
         self._events = EventRecord(store.folder)
         self._book = RepairBook(store.folder)
         self._book.ask_again()
@@ -99,7 +105,7 @@ class Keeping:
     def tell(self, code: str, message: str) -> None:
         """Record an integrity event."""
         self._events.tell(time.time_ns(), code, message)
-        self._metrics.integrity_events.labels(self._name).inc()
+        self._metrics.integrity_events.labels(self._target().name).inc()
 
     def take_note(self, bookmark: Bookmark) -> None:
         """A changeset with this bookmark was sealed."""
@@ -134,7 +140,9 @@ class Keeping:
         now = time.monotonic()
         if now >= self._tended_at + (BUSY_SECONDS if busy else IDLE_SECONDS):
             self._tended_at = now
-            self._background = asyncio.create_task(self._tend(now), name=f"keeping {self._name}")
+            self._background = asyncio.create_task(
+                self._tend(now), name=f"keeping {self._target().name}"
+            )
 
     async def close(self) -> None:
         """Return when nothing works on the store in the background any more."""
@@ -143,15 +151,17 @@ class Keeping:
             await asyncio.wait([self._background])
 
     async def _tend(self, now: float) -> None:
-        await settled(
-            self._store.thin, time.time_ns(), self._config.retention, bytes_max=THIN_BYTES_MAX
-        )
+        target = self._target()
+        if target.keep:
+            await settled(
+                self._store.thin, time.time_ns(), target.retention, bytes_max=THIN_BYTES_MAX
+            )
         rate = self._config.scrub_bytes_per_second
         earned = min(SLICE_BYTES_MAX, int(rate * (now - self._scrubbed_at)))
         self._scrubbed_at = now
         if earned:
             done_bytes, findings = await settled(self._scrub.run, self._store, earned)
-            self._metrics.scrubbed_bytes.labels(self._name).inc(done_bytes)
+            self._metrics.scrubbed_bytes.labels(self._target().name).inc(done_bytes)
             self._take(findings)
             self._count()
 
@@ -177,8 +187,8 @@ class Keeping:
 
     def _count(self) -> None:
         metrics = self._metrics
-        metrics.restorable_time_seconds.labels(self._name).set(self._restorable_ns / _NS)
-        metrics.repair_runs.labels(self._name).set(len(self._book.open_runs))
+        metrics.restorable_time_seconds.labels(self._target().name).set(self._restorable_ns / _NS)
+        metrics.repair_runs.labels(self._target().name).set(len(self._book.open_runs))
 
 
 def _is_comparable(manifest: Manifest) -> bool:

@@ -8,28 +8,22 @@ lost at any moment and is found again.
 import asyncio
 import contextlib
 import time
-import uuid
 from collections.abc import Mapping
-from concurrent.futures import Executor
-from dataclasses import dataclass
 
 import structlog
 
-from appliance.applier.apply import Faults, LayerFiller, Opened, fill_layer, find_segments
+from appliance.applier.apply import Faults, Found, LayerFiller, Opened, fill_layer, find_segments
 from appliance.applier.asking import Asking
-from appliance.applier.cache_account import CacheAccount
-from appliance.applier.config import ApplierConfig, Machine
-from appliance.applier.fetch import ByteWindow
 from appliance.applier.inbox import Inbox
 from appliance.applier.keeping import Keeping
 from appliance.applier.lease import MachineLease, Ownership
-from appliance.applier.metrics import ApplierMetrics
 from appliance.applier.settled import settled
+from appliance.applier.shared import Shared
 from appliance.applier.store.machine_store import MachineStore
 from appliance.applier.succession import Gap
 from appliance.applier.sums_publisher import SumsPublisher
+from appliance.applier.target import Target
 from appliance.applier.watermark_blob import WatermarkBlob
-from daemon.service import Health
 from replication.bookmark import NOTHING, Stamp
 from replication.cache_layout import container_last, manifest_name, sums_container
 from replication.control.report import ResyncCause
@@ -46,38 +40,23 @@ DROPS_MAX = 16
 _log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """What all machines of a daemon have together.
+class MachineApplier:
+    """Applies one machine until it is cancelled.
 
-    owner: the lease id of this applier.
-    slots: changesets that may be applied at once.
-    pool:  the threads that open frames.
+    lost:         why only a resync helps; empty while none is needed.
+    open_repairs: runs of blocks that the source has been asked for.
     """
 
-    config: ApplierConfig
-    account: CacheAccount
-    owner: uuid.UUID
-    window: ByteWindow
-    slots: asyncio.Semaphore
-    pool: Executor
-    health: Health
-    metrics: ApplierMetrics
-
-
-class MachineApplier:
-    """Applies one machine until it is cancelled."""
-
-    def __init__(self, shared: Shared, machine: Machine, data_key: bytes) -> None:
+    def __init__(self, shared: Shared, target: Target) -> None:
         self._shared = shared
-        self._machine = machine
-        self._part = f"machine {machine.name}"
+        self._target = target
         self._wake = asyncio.Event()
-        self._lease = MachineLease(shared.account, machine.id, shared.owner, self._wake)
-        self._inbox = Inbox(shared.account, machine.id, data_key, machine.data_key_file)
-        self._data_key = data_key
+        self._lease = MachineLease(shared.account, target.id, shared.owner, self._wake)
+        self._inbox = Inbox(shared.account, target.id, target.data_key, target.key_source)
         self._watermark = WatermarkBlob(shared.account)
-        self._watermark_key = WatermarkKey(data_key, machine.id)
+        self._watermark_key = WatermarkKey(target.data_key, target.id)
+        self.lost = ""
+        self.open_repairs = 0
         self._sums: SumsPublisher | None = None
         self._asking = Asking(shared.config.reask_seconds, shared.config.gap_seconds_max)
         self._bad: dict[str, str] = {}
@@ -88,7 +67,28 @@ class MachineApplier:
     @property
     def id_text(self) -> str:
         """The machine's id as queue messages write it."""
-        return str(self._machine.id)
+        return str(self._target.id)
+
+    @property
+    def target(self) -> Target:
+        return self._target
+
+    @property
+    def _part(self) -> str:
+        return f"machine {self._target.name}"
+
+    def follow(self, target: Target) -> None:
+        """Go on as ``target`` says, which is the same machine with the same data key."""
+        assert (target.id, target.data_key) == (self._target.id, self._target.data_key)
+        if target.name != self._target.name:
+            self.leave()
+        self._target = target
+        self.wake()
+
+    def leave(self) -> None:
+        """Say nothing more of the machine: it has another name now, or it is gone."""
+        self._shared.health.report(self._part)
+        self._shared.metrics.forget(self._target.name)
 
     def wake(self) -> None:
         """Look for new manifests now."""
@@ -99,7 +99,7 @@ class MachineApplier:
         """Own the machine, whenever nobody else does, and apply it; until cancelled."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._lease.keep(), name=f"lease of {self._machine.name}")
+                tasks.create_task(self._lease.keep(), name=f"lease of {self._target.name}")
                 while True:
                     await self._own()
                     await self._tend()
@@ -123,7 +123,7 @@ class MachineApplier:
 
     async def _tend(self) -> None:
         """Work on the store until the machine is lost to another applier or the store fails."""
-        machine, shared = self._machine, self._shared
+        machine, shared = self._target, self._shared
         try:
             store = await settled(
                 MachineStore.open, shared.config.store, machine.id, name=machine.name
@@ -138,18 +138,22 @@ class MachineApplier:
             return
         keeping: Keeping | None = None
         try:
-            keeping = Keeping(store, shared.config, shared.metrics, machine.name)
+            keeping = Keeping(store, shared.config, shared.metrics, lambda: self._target)
             self._sums = SumsPublisher(
                 store,
                 shared.account,
                 machine.id,
-                self._data_key,
+                machine.data_key,
                 keeping=keeping,
                 look_seconds=shared.config.sweep_seconds,
             )
             self._look_at = 0.0
+            named = ""
             while self._lease.ownership is not Ownership.TAKEN:
                 self._count_lease()
+                if named != self._target.name:
+                    named = self._target.name
+                    await settled(store.rename, named)
                 if not await self._turn(store, keeping):
                     await self._pause(self._shared.config.sweep_seconds)
         except ReplicationError as error:
@@ -165,9 +169,12 @@ class MachineApplier:
         """Do what is next; True when there may be more to do at once."""
         moved, warning = False, ""
         try:
-            moved = await self._go_on(store, keeping)
-            if not moved and self._sums is not None:
-                moved = await self._sums.tend()
+            if self._target.is_applied:
+                moved = await self._go_on(store, keeping)
+                if not moved and self._sums is not None:
+                    moved = await self._sums.tend()
+            else:
+                self._asking.settle()
         except UnavailableError as error:
             warning = str(error)
         keeping.tend(busy=moved)
@@ -187,29 +194,48 @@ class MachineApplier:
             self._bad.clear()
             self._inbox.doubt()
             await self._watermark.say_again()
-        found = await self._inbox.next(_head(store))
-        for fault in self._inbox.take_faults():
-            self._event(keeping, "manifest", fault.message)
-        match found:
-            case Opened():
-                return await self._apply(store, keeping, found)
-            case Gap(missing) if missing:
-                self._asking.ask([manifest_name(stamp.number) for stamp in missing], now)
-            case _:
-                self._asking.settle()
+        lacking: dict[Stamp, list[str]] = {}
+        while True:
+            found = await self._inbox.next(_head(store), lacking)
+            for fault in self._inbox.take_faults():
+                self._event(keeping, "manifest", fault.message)
+            match found:
+                case Opened():
+                    segments = await find_segments(self._shared.account, found)
+                    missing = self._missing(segments)
+                    if not missing:
+                        return await self._apply(store, keeping, found, segments.versions)
+                    # It is asked for. What does not come may be lost everywhere, and then its
+                    # source sends all of it again in a later changeset.
+                    lacking[found.manifest.stamp] = missing
+                    if self._asking.seconds(now) >= self._shared.config.reask_seconds:
+                        continue
+                case Gap(absent) if absent and not lacking:
+                    self._asking.ask([manifest_name(stamp.number) for stamp in absent], now)
+                    return False
+            break
+        if lacking:
+            self._asking.ask([name for names in lacking.values() for name in names], now)
+        else:
+            self._asking.settle()
         return False
 
-    async def _apply(self, store: MachineStore, keeping: Keeping, opened: Opened) -> bool:
+    def _missing(self, found: Found) -> list[str]:
+        """Segments that are not there, or still are what could not be used."""
+        versions = found.versions.items()
+        bad = [name for name, version in versions if self._bad.get(name) == version]
+        return [*found.missing, *bad]
+
+    async def _apply(
+        self,
+        store: MachineStore,
+        keeping: Keeping,
+        opened: Opened,
+        versions: Mapping[str, str],
+    ) -> bool:
         manifest = opened.manifest
         if not manifest.resync and not keeping.resync.fits(manifest):
             return self._refuse_basis(keeping, manifest.stamp)
-        found = await find_segments(self._shared.account, opened)
-        still_bad = [
-            name for name, version in found.versions.items() if self._bad.get(name) == version
-        ]
-        if found.missing or still_bad:
-            self._asking.ask([*found.missing, *still_bad], time.monotonic())
-            return False
         async with self._shared.slots:
             with await settled(store.begin) as writer:
                 filler = LayerFiller(writer, manifest.disks)
@@ -217,7 +243,7 @@ class MachineApplier:
                     self._shared.account, opened, filler, self._shared.window, self._shared.pool
                 )
                 if faults:
-                    return self._refuse(keeping, opened, faults, found.versions)
+                    return self._refuse(keeping, opened, faults, versions)
                 if self._lease.ownership is Ownership.TAKEN:
                     return False
                 if manifest.resync:
@@ -232,7 +258,7 @@ class MachineApplier:
                     )
                 except PeerError as error:
                     faults.malformed = str(error)
-                    return self._refuse(keeping, opened, faults, found.versions)
+                    return self._refuse(keeping, opened, faults, versions)
         self._asking.settle()
         self._bad.clear()
         self._malformed.clear()
@@ -241,7 +267,7 @@ class MachineApplier:
         keeping.take_note(manifest.bookmark)
         await self._say(store, keeping)
         await keeping.check(position, manifest)
-        _log.debug("applied", machine=self._machine.name, changeset=str(manifest.stamp))
+        _log.debug("applied", machine=self._target.name, changeset=str(manifest.stamp))
         return True
 
     def _refuse_basis(self, keeping: Keeping, stamp: Stamp) -> bool:
@@ -274,7 +300,7 @@ class MachineApplier:
         cause = ResyncCause.INTEGRITY if lost == keeping.lost else ResyncCause.STREAM_LOST
         await self._watermark.say(
             Watermark(
-                machine=self._machine.id,
+                machine=self._target.id,
                 applied=head.stamp if head else NOTHING,
                 attempt=head.attempt if head else NO_ATTEMPT,
                 restorable_ns=keeping.restorable_ns,
@@ -308,7 +334,7 @@ class MachineApplier:
         ]
         needed = self._sums is not None and self._sums.is_needed
         passed += [
-            sums_container(self._machine.id, generation)
+            sums_container(self._target.id, generation)
             for generation in self._inbox.sums
             if generation < head.generation or (generation == head.generation and not needed)
         ]
@@ -321,10 +347,11 @@ class MachineApplier:
 
     def _event(self, keeping: Keeping, code: str, message: str) -> None:
         keeping.tell(code, message)
-        _log.error("integrity", machine=self._machine.name, code=code, what=message)
+        _log.error("integrity", machine=self._target.name, code=code, what=message)
 
     def _report(self, head: Stamp, keeping: Keeping, warning: str) -> None:
-        lost = self._lost(keeping)
+        self.lost = self._lost(keeping)
+        self.open_repairs = len(keeping.repair.runs)
         told = [trouble for trouble in (warning, self._undropped) if trouble]
         if not (warning or self._watermark.is_put):
             told.append("the cache does not take the watermark: what is applied cannot be told")
@@ -333,28 +360,28 @@ class MachineApplier:
             told.append(f"waiting for {len(self._asking.names)} blobs to be put again{faults}")
         if self._inbox.passed_over:
             told.append(f"{self._inbox.passed_over} containers more wait than are looked at once")
-        if keeping.repair.runs:
-            told.append(f"{len(keeping.repair.runs)} runs of blocks need repair by the source")
+        if self.open_repairs:
+            told.append(f"{self.open_repairs} runs of blocks need repair by the source")
         self._shared.health.report(
             self._part,
             warning="; ".join(told),
-            critical=f"only a new generation helps: {lost}" if lost else "",
+            critical=f"only a new generation helps: {self.lost}" if self.lost else "",
         )
-        name, metrics = self._machine.name, self._shared.metrics
+        name, metrics = self._target.name, self._shared.metrics
         metrics.wanted_blobs.labels(name).set(len(self._asking.names))
         newest = self._inbox.newest
         behind = newest.number - (head.number if newest.generation == head.generation else 0)
         metrics.lag_changesets.labels(name).set(behind if newest > head else 0)
 
     def _count_applied(self, opened: Opened) -> None:
-        name, metrics = self._machine.name, self._shared.metrics
+        name, metrics = self._target.name, self._shared.metrics
         metrics.changesets.labels(name).inc()
         metrics.sent_bytes.labels(name).inc(opened.manifest.sent_bytes)
         metrics.changed_bytes.labels(name).inc(opened.manifest.changed_bytes)
 
     def _count_lease(self) -> None:
         held = self._lease.ownership is Ownership.OURS
-        self._shared.metrics.lease_held.labels(self._machine.name).set(held)
+        self._shared.metrics.lease_held.labels(self._target.name).set(held)
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -1,5 +1,7 @@
 """What an applier counts, by machine name."""
 
+import contextlib
+
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 _BY_MACHINE = ("machine",)
@@ -9,11 +11,17 @@ class ApplierMetrics:
     """Counters and gauges in a daemon's registry; every one has the label ``machine``."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._all: list[Counter | Gauge] = []
+
         def counter(name: str, what: str) -> Counter:
-            return Counter(f"understudy_applier_{name}", what, _BY_MACHINE, registry=registry)
+            made = Counter(f"understudy_applier_{name}", what, _BY_MACHINE, registry=registry)
+            self._all.append(made)
+            return made
 
         def gauge(name: str, what: str) -> Gauge:
-            return Gauge(f"understudy_applier_{name}", what, _BY_MACHINE, registry=registry)
+            made = Gauge(f"understudy_applier_{name}", what, _BY_MACHINE, registry=registry)
+            self._all.append(made)
+            return made
 
         self.changesets = counter("changesets", "Changesets applied")
         self.sent_bytes = counter("sent_bytes", "Bytes of the segments applied, as they travelled")
@@ -27,3 +35,9 @@ class ApplierMetrics:
         self.repair_runs = gauge("repair_runs", "Runs of blocks that the source must send again")
         self.lease_held = gauge("lease_held", "1 while this applier owns the machine")
         self.scrubbed_bytes = counter("scrubbed_bytes", "Bytes re-read against their digests")
+
+    def forget(self, name: str) -> None:
+        """Tell nothing more of a machine that is called otherwise now, or is gone."""
+        for metric in self._all:
+            with contextlib.suppress(KeyError):
+                metric.remove(name)

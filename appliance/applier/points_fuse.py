@@ -35,7 +35,7 @@ from appliance.applier.store.point_names import (
     machine_names,
     point_name,
 )
-from appliance.applier.store.view_cache import IDLE_SECONDS_MAX, ViewCache
+from appliance.applier.store.view_cache import ViewCache
 from daemon.durable import make_folder
 from replication.errors import (
     ConfigError,
@@ -63,6 +63,8 @@ TASKS_MAX = 32
 FOLDER_SECONDS = 1.0
 """How long the kernel may believe a listing; files never change, so those it may keep."""
 FILE_SECONDS = 300.0
+LOOK_SECONDS = 2.0
+"""Between two looks for views that nobody reads, or whose machine is gone."""
 _DESCRIPTION = "point.json"
 
 
@@ -173,8 +175,8 @@ class PointsTree(pyfuse3.Operations):
             return content[off : off + size]
         if size <= INLINE_BYTES_MAX:
             with _told_to_kernel(self._log):
-                return content.read(off, size)
-        data: bytes = await self._call(content.read, off, size)
+                return self._views.read(content, off, size)
+        data: bytes = await self._call(self._views.read, content, off, size)
         return data
 
     async def release(self, fh: int) -> None:
@@ -192,9 +194,10 @@ class PointsTree(pyfuse3.Operations):
         return found
 
     async def close_idle_views(self) -> None:
-        """Let go of points that nobody reads any more, until cancelled."""
+        """Let go of points that nobody reads any more, or that are no more, until cancelled."""
         while True:
-            await asyncio.sleep(IDLE_SECONDS_MAX / 2)
+            await asyncio.sleep(LOOK_SECONDS)
+            await self._call(self._views.drop_gone)
             await self._call(self._views.close_idle)
 
     def close(self) -> None:

@@ -170,6 +170,10 @@ class Catalogue:
             )
             self._insert_damages(damages)
 
+    def rename(self, name: str) -> None:
+        with self._transaction():
+            self._run("UPDATE machine SET name = ?", name)
+
     def intend_fold(self, position: int | None) -> None:
         with self._transaction():
             self._run("UPDATE machine SET folding_to = ?", position)

@@ -15,9 +15,11 @@ import os
 import secrets
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from appliance.applier.store.base_image import NAMES, check_bases
+from appliance.applier.store.base_record import BaseRecord
 from appliance.applier.store.extents import overlay
 from appliance.applier.store.healing import heal
 from appliance.applier.store.layer_reader import Layer
@@ -128,6 +130,16 @@ class MachineStore:
     def maintaining(self) -> threading.Lock:
         """Held by whoever changes sealed layers or the base: one at a time."""
         return self._maintaining
+
+    def rename(self, name: str) -> None:
+        """What people call the machine from now on; its points are served under that name."""
+        if self.chain().name == name:
+            return
+        with self._maintaining:
+            record = BaseRecord.read(self.folder)
+            if record is not None:
+                replace(record, name=name).write(self.folder)
+            self._catalogue.rename(name)
 
     def forget_damage(self, damage: Damage) -> None:
         """After it was mended, or when its place is no more."""

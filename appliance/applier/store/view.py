@@ -67,7 +67,7 @@ class View:
         self.disk = shape.index
         self.size_bytes = shape.size_bytes
         self.block_count = block_count_of(shape.size_bytes)
-        self._folder = folder
+        self.folder = folder
         self._base = base
         self._layers = layers
         self._pin = pin
@@ -205,7 +205,7 @@ class View:
         if source >= FIRST_DATA:
             layer, data_block = self._map.layer_of(source)
             path = self._layers[layer].path
-            return os.path.relpath(path, self._folder), data_offset(data_block)
+            return os.path.relpath(path, self.folder), data_offset(data_block)
         return f"disks/{self.disk}/base.img", block * BLOCK_BYTES
 
     def close(self) -> None:

@@ -1,14 +1,19 @@
-"""Open views shared by all who read the same disk of the same point, and kept a little longer."""
+"""Open views shared by all who read the same disk of the same point, and kept a little longer.
+
+A machine that is removed takes its views with it, also those that somebody reads: open files would
+keep what was to be deleted.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from replication.errors import ConfigError
+from replication.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     import uuid
@@ -26,9 +31,13 @@ IDLE_SECONDS_MAX = 10.0
 
 @dataclass(slots=True)
 class _Shared:
+    """reading: reads that are under way. gone: the machine is removed, the view is not read."""
+
     view: View
     users: int
     idle_since: float
+    reading: int = 0
+    gone: bool = False
 
 
 class ViewCache:
@@ -56,6 +65,33 @@ class ViewCache:
             shared.users += 1
             return shared.view
 
+    def read(self, view: View, offset: int, length: int) -> bytes:
+        """See View.read. Raises StorageError when the view's machine has been removed."""
+        shared = self._shared[_key(view.machine, view.point, view.disk)]
+        with self._lock:
+            if shared.gone:
+                raise StorageError(f"machine {view.machine} has been removed with its points")
+            shared.reading += 1
+        try:
+            return view.read(offset, length)
+        finally:
+            self._end_read(shared)
+
+    def _end_read(self, shared: _Shared) -> None:
+        with self._lock:
+            shared.reading -= 1
+            if shared.gone and not shared.reading:
+                shared.view.close()
+
+    def drop_gone(self) -> None:
+        """Let go of the views of machines that are no more."""
+        with self._lock:
+            for shared in self._shared.values():
+                if not shared.gone and not os.path.isdir(shared.view.folder):
+                    shared.gone = True
+                    if not shared.reading:
+                        shared.view.close()
+
     def release(self, view: View) -> None:
         key = _key(view.machine, view.point, view.disk)
         with self._lock:
@@ -72,14 +108,16 @@ class ViewCache:
             idle = [(key, shared) for key, shared in self._shared.items() if shared.users == 0]
             surplus = len(idle) - IDLE_VIEWS_MAX
             for nth, (key, shared) in enumerate(idle):
-                if nth < surplus or now - shared.idle_since >= idle_seconds_max:
+                if shared.gone or nth < surplus or now - shared.idle_since >= idle_seconds_max:
                     del self._shared[key]
-                    shared.view.close()
+                    if not shared.gone:
+                        shared.view.close()
 
     def close(self) -> None:
         with self._lock:
             for shared in self._shared.values():
-                shared.view.close()
+                if not shared.gone:
+                    shared.view.close()
             self._shared.clear()
 
 

@@ -1,0 +1,89 @@
+"""The machines that are applied: they come, change and go while the applier runs."""
+
+import asyncio
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import structlog
+
+from appliance.applier.machine import MachineApplier
+from appliance.applier.removal import drop_cached, remove_store
+from appliance.applier.settled import settled
+from appliance.applier.shared import Shared
+from appliance.applier.target import Target
+from replication.errors import ReplicationError
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    applier: MachineApplier
+    task: "asyncio.Task[None]"
+
+
+class Fleet:
+    """Runs a MachineApplier for each target. ``follow`` is called by one task alone."""
+
+    def __init__(self, shared: Shared, tasks: asyncio.TaskGroup) -> None:
+        self._shared = shared
+        self._tasks = tasks
+        self._running: dict[uuid.UUID, _Running] = {}
+        self._removed: set[uuid.UUID] = set()
+
+    @property
+    def appliers(self) -> Mapping[uuid.UUID, MachineApplier]:
+        return {machine: one.applier for machine, one in self._running.items()}
+
+    @property
+    def removed(self) -> frozenset[uuid.UUID]:
+        """Machines whose points are deleted, as was asked for."""
+        return frozenset(self._removed)
+
+    async def follow(self, targets: Iterable[Target], removed: Iterable[uuid.UUID] = ()) -> None:
+        """Apply these from now on. The points of a machine go only if it is in ``removed``.
+
+        A removal that fails is told in the health and tried again with the next call.
+        """
+        wanted = {target.id: target for target in targets}
+        for machine in self._running.keys() - wanted.keys():
+            await self._stop(machine)
+        self._removed &= set(removed)
+        for machine in sorted(set(removed) - wanted.keys() - self._removed):
+            await self._remove(machine)
+        for machine, target in wanted.items():
+            running = self._running.get(machine)
+            if running is not None and running.applier.target.data_key != target.data_key:
+                await self._stop(machine)
+                running = None
+            if running is None:
+                applier = MachineApplier(self._shared, target)
+                task = self._tasks.create_task(applier.run(), name=applier.id_text)
+                self._running[machine] = _Running(applier, task)
+            else:
+                running.applier.follow(target)
+
+    async def stop(self) -> None:
+        for machine in list(self._running):
+            self._running[machine].task.cancel()
+        for machine in list(self._running):
+            await self._stop(machine)
+
+    async def _stop(self, machine: uuid.UUID) -> None:
+        running = self._running.pop(machine)
+        running.task.cancel()
+        await asyncio.wait([running.task])
+        running.applier.leave()
+
+    async def _remove(self, machine: uuid.UUID) -> None:
+        part = f"removal of {machine}"
+        try:
+            await drop_cached(self._shared.account, machine, self._shared.owner)
+            await settled(remove_store, self._shared.config.store, machine)
+        except ReplicationError as error:
+            self._shared.health.report(part, warning=str(error))
+            return
+        self._shared.health.report(part)
+        self._removed.add(machine)
+        _log.info("removed", machine=str(machine))

@@ -1,0 +1,30 @@
+"""A machine that is to be applied, as the configuration or the config server wants it just now."""
+
+import uuid
+from dataclasses import dataclass, field
+
+from appliance.applier.retention import RetentionPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One machine.
+
+    data_key:   opens what its agent sends.
+    key_source: where the key comes from, for whoever reads that it does not fit.
+    apply:      False: what is in the cache stays there.
+    keep:       False: its protection has ended, and its points stay as they are: nothing is
+                applied, and none is ever thinned.
+    """
+
+    id: uuid.UUID
+    name: str
+    retention: RetentionPolicy
+    data_key: bytes = field(repr=False)
+    key_source: str
+    apply: bool = True
+    keep: bool = True
+
+    @property
+    def is_applied(self) -> bool:
+        return self.apply and self.keep
