@@ -166,6 +166,7 @@ class WatermarkKey:
     def __init__(self, data_key: bytes, machine: uuid.UUID) -> None:
         if len(data_key) != DATA_KEY_BYTES:
             raise ConfigError(f"a data key has {len(data_key)} bytes, not {DATA_KEY_BYTES}")
+        self.machine = machine
         info = _LABEL + machine.bytes
         self._key = HKDF(SHA256(), length=32, salt=None, info=info).derive(data_key)
 

@@ -4,17 +4,17 @@ A pure decision from what the agent remembers and what the process server says i
 taken at every start, after a refusal, and whenever a response shows less than the agent
 remembers to be acknowledged.
 
-The watermark in it is authentic or says nothing (``stream_client.py``).
+The watermark in it is authentic or says nothing: ``believed``.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agents.mobility.stream_state import Position, Stage
 from replication.bookmark import NOTHING, Stamp
 from replication.control.report import ResyncCause
 from replication.stream import StreamState
-from replication.watermark import NO_ATTEMPT, Watermark
+from replication.watermark import NO_ATTEMPT, Watermark, WatermarkKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,18 @@ def reconcile(position: Position, retained: Mapping[int, int], stream: StreamSta
         lost.append(reached)
         reached = retained[reached]
     return Fold(known, tuple(lost)) if lost else GoOn()
+
+
+def believed(stream: StreamState, key: WatermarkKey) -> tuple[StreamState, bool]:
+    """The same without a watermark that the applier has not written, and whether there is one.
+
+    Such a one says nothing: nothing is newly applied, lost, to be repaired, or compared with.
+    """
+    watermark = stream.watermark
+    if watermark.machine == key.machine and watermark.is_authentic(key):
+        return stream, False
+    blank = Watermark(key.machine)
+    return replace(stream, watermark=blank), watermark != blank
 
 
 def lost_cause(watermark: Watermark) -> ResyncCause:

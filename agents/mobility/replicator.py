@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import structlog
 
@@ -28,6 +28,7 @@ from agents.mobility.frame_builder import SegmentBuilder
 from agents.mobility.freeze import Freezer
 from agents.mobility.interruption import Interruption
 from agents.mobility.leave import Leave, clear_order
+from agents.mobility.reconcile import believed
 from agents.mobility.resync import Resynchroniser
 from agents.mobility.source import SourceDisk, is_dirty
 from agents.mobility.status import AgentStatus, ChangesetRecord
@@ -49,7 +50,7 @@ from replication.errors import (
 )
 from replication.manifest import Manifest
 from replication.stream import StreamState
-from replication.watermark import Watermark, WatermarkKey
+from replication.watermark import WatermarkKey
 
 TICK_SECONDS = 0.5
 POLL_SECONDS = 2.0
@@ -216,22 +217,15 @@ class Replicator:
         self.status.learn(stream, self._state)
         return stream
 
-    def _believed(self, stream: StreamState) -> StreamState:
-        """The same without a watermark that the applier has not written: it says nothing then."""
-        watermark, warning = stream.watermark, ""
-        genuine = watermark.machine == self._config.machine and watermark.is_authentic(
-            self._watermark_key
+    def _believed(self, told: StreamState) -> StreamState:
+        stream, is_strange = believed(told, self._watermark_key)
+        warning = (
+            "the watermark is not authentic, so nothing counts as applied: the applier is older "
+            "than this agent, has another data key, or somebody else writes into the cache storage "
+            "account"
         )
-        if not genuine and not watermark.is_blank:
-            warning = (
-                "the watermark is not authentic, so nothing counts as applied: the applier is "
-                "older than this agent, has another data key, or somebody else writes into the "
-                "cache storage account"
-            )
-        self._service.health.report("watermark", warning=warning)
-        if genuine:
-            return stream
-        return replace(stream, watermark=Watermark(self._config.machine))
+        self._service.health.report("watermark", warning=warning if is_strange else "")
+        return stream
 
     async def _reconcile(self, stream: StreamState) -> None:
         """Bring memory and process server together."""

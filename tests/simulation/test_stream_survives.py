@@ -87,7 +87,7 @@ class World:
 
     def connect(self) -> None:
         stream = self.state()
-        settle(self.agent, stream, {0: BLOCK_COUNT}, {0: IDENTITY}, interrupted="")
+        settle(self.agent, stream, {0: BLOCK_COUNT}, {0: IDENTITY})
         learn_applied(self.agent, stream.watermark.applied)
 
     def state(self) -> StreamState:

@@ -202,8 +202,9 @@ def test_first_cause_is_told_and_an_order_stays_good(state: StreamStateFile) -> 
     assert (resync.cause, resync.ordered) == (ResyncCause.DISK_RESIZED, True)
     begin_resync(state, told(), {0: COUNT}, {0: IDENTITY})
     require_resync(state, ResyncCause.UNCLEAN_SHUTDOWN, "the machine was started anew")
-    resync = state.position.resync
-    assert (resync.cause, resync.ordered) == (ResyncCause.UNCLEAN_SHUTDOWN, True)
+    later = state.position.resync
+    assert later is not None
+    assert (later.cause, later.ordered) == (ResyncCause.UNCLEAN_SHUTDOWN, True)
     assert state.position.resync_request == 2
 
 
