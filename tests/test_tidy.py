@@ -57,7 +57,8 @@ def test_replication_knows_no_socket_file_clock_or_loop(path: Path) -> None:
 
 @pytest.mark.parametrize("path", REPLICATION, ids=lambda path: path.stem)
 def test_replication_has_mirrored_tests(path: Path) -> None:
-    assert (ROOT / "tests" / "replication" / f"test_{path.stem}.py").exists()
+    mirrored = ROOT / "tests" / path.relative_to(ROOT)
+    assert mirrored.with_name(f"test_{path.stem}.py").exists()
 
 
 def test_files_are_short_and_their_names_say_something() -> None:
