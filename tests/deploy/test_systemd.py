@@ -15,6 +15,7 @@ import pytest
 
 from agents.mobility.config import AgentConfig
 from appliance.applier.config import ApplierConfig
+from appliance.config_server.config import ConfigServerConfig
 from appliance.process_server.config import Config as ProcessServerConfig
 from azure_emu.config import Config as AzureConfig
 
@@ -26,6 +27,7 @@ FOLDER = ROOT / "deploy" / "systemd"
 UNITS = sorted(path.name for path in FOLDER.glob("*.service"))
 MODELS: dict[str, type[DaemonConfig]] = {
     "agent": AgentConfig,
+    "config-server": ConfigServerConfig,
     "process-server": ProcessServerConfig,
     "applier": ApplierConfig,
     "azure-emu": AzureConfig,
@@ -34,6 +36,7 @@ EXPOSURE_MAX = {
     "understudy-agent.service": 3.5,
     "understudy-process-server.service": 1.5,
     "understudy-applier.service": 1.5,
+    "understudy-config-server.service": 1.8,
     "understudy-azure-emu.service": 1.5,
 }
 """What `systemd-analyze security` may say, of 10.0 (without any protection)."""
