@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from agents.mobility.config import AgentConfig
+from agents.mobility.controlled_config import AgentControlConfig  # noqa: TC001 - pydantic needs it
 from agents.mobility.tracker import KERNEL_MIN
 from appliance.applier.config import ApplierConfig
 from appliance.cli.__main__ import app
@@ -28,8 +29,16 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "OPERATIONS.md").read_text()
+
+
+class AgentFile(AgentConfig):
+    """All keys of an agent's file, with a config server and without."""
+
+    control: AgentControlConfig
+
+
 MODELS: dict[str, type[BaseModel]] = {
-    "agent.toml": AgentConfig,
+    "agent.toml": AgentFile,
     "process-server.toml": ProcessServerConfig,
     "applier.toml": ApplierConfig,
     "azure-emu.toml": AzureConfig,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agents.mobility.config import AgentConfig
+from agents.mobility.controlled_config import ControlledConfig
 from appliance.applier.config import ApplierConfig
 from appliance.config_server.config import ConfigServerConfig
 from appliance.process_server.config import Config as ProcessServerConfig
@@ -32,6 +33,7 @@ MODELS: dict[str, type[DaemonConfig]] = {
     "applier": ApplierConfig,
     "azure-emu": AzureConfig,
 }
+EXAMPLES: dict[str, type[DaemonConfig]] = {**MODELS, "agent-controlled": ControlledConfig}
 EXPOSURE_MAX = {
     "understudy-agent.service": 3.5,
     "understudy-process-server.service": 1.5,
@@ -74,7 +76,7 @@ def setting(unit: str, name: str) -> list[str]:
 
 def test_every_daemon_has_a_unit_and_an_example() -> None:
     assert sorted(f"understudy-{daemon}.service" for daemon in MODELS) == UNITS
-    assert {path.stem for path in (FOLDER / "examples").glob("*.toml")} == set(MODELS)
+    assert {path.stem for path in (FOLDER / "examples").glob("*.toml")} == set(EXAMPLES)
     assert set(EXPOSURE_MAX) == set(UNITS)
 
 
@@ -135,12 +137,12 @@ def test_users_of_the_units_are_those_that_sysusers_makes() -> None:
     assert sorted(made) == sorted(user for users in used for user in users)
 
 
-@pytest.mark.parametrize("daemon", MODELS)
+@pytest.mark.parametrize("daemon", EXAMPLES)
 def test_example_loads(daemon: str, tmp_path: Path) -> None:
     text = (FOLDER / "examples" / f"{daemon}.toml").read_text()
     path = tmp_path / f"{daemon}.toml"
     path.write_text(text.replace("00000000-0000-0000-0000-000000000000", str(uuid.uuid4())))
-    config = MODELS[daemon].load(str(path), {})
+    config = EXAMPLES[daemon].load(str(path), {})
     assert config.model_dump()["service"]["health_port"]
 
 
