@@ -1,16 +1,23 @@
-"""The vSphere emulator's command: power guests on and off, run their workloads, remove them."""
+"""The vSphere emulator's command: play a vCenter, power guests, run their workloads."""
 
 import argparse
+import asyncio
 import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 
-from daemon.service import fail
+from prometheus_client import Gauge
+
+from daemon.service import Service, fail, run_daemon
 from replication.errors import ReplicationError, StorageError
 from vsphere_emu.config import Config
 from vsphere_emu.datastore import Datastore
 from vsphere_emu.guest import Guest, GuestStatus
+from vsphere_emu.power import troubles
+from vsphere_emu.vcenter import VCenter
+
+HEALTH_INTERVAL_SECONDS = 0.25
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action = f"workload-{asked.workload_action}" if asked.action == "workload" else asked.action
     try:
         config = Config.load(asked.config)
+        if action == "serve":
+            vcenter = VCenter(config)
+            return run_daemon(
+                "vsphere-emu", config.service, lambda service: _serve(vcenter, service)
+            )
         datastore = Datastore(config.datastore.name, config.datastore.folder)
         chosen = config.select(tuple(asked.guests))
         guests = [Guest(guest, datastore, config.root_folder) for guest in chosen]
@@ -48,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("guests", nargs="*", metavar="GUEST", help="all, if none is named")
         if name == "remove":
             action.add_argument("--delete-disks", action="store_true", help="the VMDKs too")
+    actions.add_parser("serve", help="play the vCenter of [vcenter] until SIGTERM or SIGINT")
     workload = actions.add_parser("workload", help="what guests do with their disks")
     workload.add_argument("workload_action", choices=("start", "stop", "status"))
     workload.add_argument("guests", nargs="*", metavar="GUEST", help="all, if none is named")
@@ -64,6 +77,38 @@ def _act(guest: Guest, action: str) -> None:
             guest.start_workload()
         case "workload-stop":
             guest.stop_workload()
+
+
+async def _serve(vcenter: VCenter, service: Service) -> None:
+    restarts = Gauge(
+        "understudy_vcsim_restarts",
+        "How often the emulated vCenter has been restarted",
+        registry=service.registry,
+    )
+    restarts.set_function(lambda: vcenter.service.restarts)
+    await vcenter.start()
+    running = asyncio.create_task(vcenter.run(), name="vcenter")
+    watching = asyncio.create_task(_report(vcenter, service), name="health")
+    stopping = asyncio.create_task(service.stop.wait(), name="stop")
+    tasks = {running, watching, stopping}
+    try:
+        service.ready(vcenter.service.name)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            await running
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await vcenter.stop()
+
+
+async def _report(vcenter: VCenter, service: Service) -> None:
+    while True:
+        down = "" if vcenter.service.is_ready else "it does not answer: being restarted"
+        service.health.report("vcenter", critical=down)
+        service.health.report("guests", warning=troubles(vcenter.switches))
+        await asyncio.sleep(HEALTH_INTERVAL_SECONDS)
 
 
 def _remove(guests: list[Guest], *, delete_disks: bool) -> None:

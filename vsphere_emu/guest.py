@@ -65,6 +65,12 @@ class Guest:
         self._lock_path = os.path.join(self._run_folder, f"{config.name}.workload")
         self.log_path = os.path.join(self._run_folder, f"{config.name}.log")
 
+    def create_disks(self) -> None:
+        """Create what disks are missing, as power-on does, and leave the guest as it is."""
+        with self._alone():
+            for disk in self.config.disks:
+                self._vmdk(disk)
+
     def power_on(self) -> None:
         """Create what disks are missing, attach them, make file systems once, mount them."""
         with self._alone():
@@ -141,6 +147,8 @@ class Guest:
                 block_device.detach(self._datastore.flat_path(path))
                 if delete_disks:
                     self._datastore.delete(path)
+            if delete_disks:
+                self._delete_vcenter_files()
             for name in (self._lock_path, self.log_path, *map(self._marker, self.config.disks)):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name)
@@ -153,6 +161,15 @@ class Guest:
         for folder in (os.path.dirname(self.folder), self._run_folder, self.root_folder):
             with contextlib.suppress(OSError):  # others' things are still there
                 os.rmdir(folder)
+
+    def _delete_vcenter_files(self) -> None:
+        """What the emulated vCenter writes beside the disks."""
+        folder = os.path.join(self._datastore.folder, self.config.name)
+        for name in (f"{self.config.name}.vmx", f"{self.config.name}.nvram", "vmware.log"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, name))
+        with contextlib.suppress(OSError):  # others' files, or gone: both fine
+            os.rmdir(folder)
 
     def mount_point(self, disk: DiskConfig) -> str:
         """Where the disk's file system is mounted while the guest is on."""

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vsphere_emu.fixtures import make_vcenter  # noqa: F401
 from vsphere_emu.config import GuestConfig
 from vsphere_emu.datastore import Datastore
 from vsphere_emu.guest import Guest
