@@ -17,6 +17,7 @@ from replication.errors import ConflictError, NotFoundError
 
 PREFIX = "us_"
 DAYS_MAX = 365
+DAYS_DEFAULT = 90
 _RANDOM_BYTES = 32
 _DAY_NS = 86400 * 10**9
 

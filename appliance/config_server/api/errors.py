@@ -79,6 +79,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 """What every route may answer with."""
 
 
+def code_of(status: int) -> str:
+    """The code for a refusal by HTTP's own rules."""
+    return _CODES.get(status, "error")
+
+
 def respond(
     status: int,
     code: str,
@@ -142,8 +147,9 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
-        code = _CODES.get(error.status_code, "error")
-        return respond(error.status_code, code, error.detail, headers=error.headers)
+        return respond(
+            error.status_code, code_of(error.status_code), error.detail, headers=error.headers
+        )
 
     app.add_middleware(_Unexpected)
 

@@ -63,4 +63,4 @@ def _too_large_text() -> str:
 
 
 def _too_large() -> ASGIApp:
-    return respond(413, "too_large", _too_large_text(), headers={"connection": "close"})
+    return respond(413, "too_large", _too_large_text())

@@ -12,11 +12,10 @@ from appliance.config_server.api.paging import Page, PagingOf, read_page
 from appliance.config_server.api.router import Name, NameInPath, Router, ServerOf
 from appliance.config_server.caller import Caller
 from appliance.config_server.store.schema import Token
-from appliance.config_server.tokens import DAYS_MAX, create_token, revoke_token
+from appliance.config_server.tokens import DAYS_DEFAULT, DAYS_MAX, create_token, revoke_token
 from replication.control.role import OperatorRole
 
 router = Router("tokens")
-DAYS_DEFAULT = 90
 ContributorCaller = Annotated[Caller, needs(OperatorRole.CONTRIBUTOR)]
 
 
