@@ -10,6 +10,7 @@ import socket
 from pydantic import Field, SecretStr, field_validator
 
 from appliance.config_server.identity.config import IdentityConfig
+from appliance.config_server.protection.config import JobsConfig
 from appliance.config_server.watching.config import SmtpConfig, WatchingConfig
 from daemon.config import DaemonConfig, Section
 from daemon.service import ServiceConfig
@@ -96,6 +97,7 @@ class ConfigServerConfig(DaemonConfig):
     identity: IdentityConfig = IdentityConfig()
     database: DatabaseConfig = DatabaseConfig()
     policies: PoliciesConfig = PoliciesConfig()
+    jobs: JobsConfig = JobsConfig()
     limits: LimitConfig = LimitConfig()
     watching: WatchingConfig = WatchingConfig()
     smtp: SmtpConfig = SmtpConfig()

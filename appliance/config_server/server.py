@@ -32,6 +32,12 @@ from appliance.config_server.caller import Caller
 from appliance.config_server.config import ConfigServerConfig
 from appliance.config_server.identity.identity import Identity, open_identity
 from appliance.config_server.nodes.part import Nodes, open_nodes
+from appliance.config_server.protection.part import (
+    Protection,
+    node_ports,
+    nothing,
+    open_protection,
+)
 from appliance.config_server.store.engine import Database, open_database
 from appliance.config_server.watching.part import Watching, open_watching
 from daemon.durable import make_folder
@@ -48,6 +54,7 @@ class Server:
     attempts: sources that showed wrong tokens or proofs.
     identity: keys, certificates, enrolment.
     nodes:    what they are told and what they said last.
+    protection: policies, machines' states, durable jobs.
     watching: health, RPO, events and measures.
     """
 
@@ -59,6 +66,7 @@ class Server:
     stop: asyncio.Event
     identity: Identity
     nodes: Nodes
+    protection: Protection
     watching: Watching
     clock: Callable[[], int] = time.time_ns
     attempts: Attempts = field(default_factory=Attempts)
@@ -91,15 +99,26 @@ async def _watch(server: Server) -> None:
     await server.watching.run()
 
 
-BACKGROUND: tuple[Callable[[Server], Coroutine[None, None, None]], ...] = (_watch,)
+async def _look_after_jobs(server: Server) -> None:
+    await server.protection.look_after(server.health)
+
+
+BACKGROUND: tuple[Callable[[Server], Coroutine[None, None, None]], ...] = (
+    _watch,
+    _look_after_jobs,
+)
 """What runs beside the API, from the start to the end of the daemon."""
 
 
 @contextlib.asynccontextmanager
 async def open_server(
-    config: ConfigServerConfig, service: Service, *, clock: Callable[[], int] = time.time_ns
+    config: ConfigServerConfig,
+    service: Service,
+    *,
+    clock: Callable[[], int] = time.time_ns,
+    boundary: Callable[[str], None] = nothing,
 ) -> AsyncIterator[Server]:
-    """Open all parts; close them in reverse order."""
+    """Open all parts; close them in reverse order. ``boundary``: see `open_protection`."""
     async with contextlib.AsyncExitStack() as stack:
         make_folder(config.state_folder)
         database = await stack.enter_async_context(
@@ -110,6 +129,17 @@ async def open_server(
             open_identity(config.identity, config.state_folder, names, database)
         )
         nodes = await stack.enter_async_context(open_nodes(database, clock))
+        protection = await stack.enter_async_context(
+            open_protection(
+                database,
+                node_ports(nodes, identity.vault, clock),
+                state_folder=config.state_folder,
+                database_url=config.database_url(),
+                config=config.jobs,
+                clock=clock,
+                boundary=boundary,
+            )
+        )
         watching = stack.enter_context(
             open_watching(
                 config.watching,
@@ -129,6 +159,7 @@ async def open_server(
             stop=service.stop,
             identity=identity,
             nodes=nodes,
+            protection=protection,
             watching=watching,
             clock=clock,
         )

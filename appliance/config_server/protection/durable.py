@@ -32,7 +32,8 @@ WORKFLOW = "job"
 SCHEMA = "dbos"
 DATABASE_FILE = "jobs.db"
 POOL_SIZE = 4
-POLLING_SECONDS = 1.0
+POLLING_SECONDS = 0.2
+"""Of a listener that we do not use; the end of the daemon waits for it."""
 SCHEDULER_SECONDS = 3600.0
 """We schedule nothing with DBOS."""
 

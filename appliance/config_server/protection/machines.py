@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from sqlalchemy import func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from appliance.config_server.nodes.report_book import Heard
 from appliance.config_server.protection.placement import Candidate
 from appliance.config_server.protection.table import State
-from appliance.config_server.protection.workflow import Heard, Ports, read_report
+from appliance.config_server.protection.workflow import Ports, read_report
 from appliance.config_server.store.schema import Job, Machine, Node, ProtectedDisk, VirtualMachine
 from replication.control.report import MachineReport, ProcessServerReport
 from replication.control.role import NodeRole

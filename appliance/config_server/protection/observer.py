@@ -1,4 +1,4 @@
-"""Looking at what the nodes report, and at the clock: machines change state, windows open.
+"""Looking at what the nodes report: machines change state, resyncs are ordered.
 
 A look reads rows and reports and decides (`observation`); where something follows, it decides again
 in a transaction that holds the row, so that of two config servers one writes it.
@@ -8,24 +8,25 @@ Source: docs/CONTROL.md §9, §11.
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from appliance.config_server.nodes.report_book import Heard
 from appliance.config_server.protection.machines import lock_machine
 from appliance.config_server.protection.observation import (
     DiskView,
+    Happening,
     MachineView,
     Observation,
     apply_report,
 )
-from appliance.config_server.protection.policies import tell_users
 from appliance.config_server.protection.table import RESYNCING, Event, State
 from appliance.config_server.protection.transition import REMOVING, enter, forget_points
 from appliance.config_server.protection.window import resync_allowed
-from appliance.config_server.protection.workflow import Heard, Ports, read_report, store_of
+from appliance.config_server.protection.workflow import Ports, read_report, store_of
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.schema import Machine, Node, Policy, ProtectedDisk
 from daemon.service import Health
@@ -35,15 +36,18 @@ from replication.errors import ReplicationError
 LOOK_SECONDS = 2.0
 PART = "protection"
 
+_Signature = tuple[int, int, int]
+
 
 class Observer:
-    """Looks at all machines every LOOK_SECONDS."""
+    """Looks at all machines every LOOK_SECONDS; where there is no news, at their rows alone."""
 
     def __init__(self, database: Database, ports: Ports, clock: Callable[[], int]) -> None:
         self._database = database
         self._ports = ports
         self._clock = clock
-        self._open: dict[uuid.UUID, bool] = {}
+        self._seen: dict[uuid.UUID, _Signature] = {}
+        self._read: dict[uuid.UUID, Heard] = {}
 
     async def run(self, health: Health) -> None:
         """Until it is cancelled."""
@@ -58,11 +62,10 @@ class Observer:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
-        """One round over all machines and windows."""
+        """One round over all machines."""
         for machine in await self._changed():
             async with self._database.writing() as session:
                 await self._follow(session, machine)
-        await self._windows()
 
     async def _changed(self) -> list[uuid.UUID]:
         """Machines for which something follows from what is known."""
@@ -74,62 +77,44 @@ class Observer:
                     )
                 )
             ).all()
-            nodes = {node.id: node for node in await session.scalars(select(Node))}
-            disks: dict[uuid.UUID, list[ProtectedDisk]] = {}
-            for disk in await session.scalars(select(ProtectedDisk)):
-                disks.setdefault(disk.machine_id, []).append(disk)
-        return [
+            heard = await self._hear(session, machines)
+            news = [
+                machine
+                for machine in machines
+                if self._seen.get(machine.id) != _signature(machine, heard) or _orders(machine)
+            ]
+            disks = await _disks(session, [machine.id for machine in news])
+        found = [
             machine.id
-            for machine in machines
-            if self._removed(machine, nodes)
-            or self._observe(machine, disks.get(machine.id, []), nodes) != Observation()
-            or self._orders(machine)
+            for machine in news
+            if _removed(machine, heard)
+            or _observe(machine, disks.get(machine.id, []), heard) != Observation()
+            or _orders(machine)
         ]
+        self._seen = {machine.id: _signature(machine, heard) for machine in machines}
+        for machine_id in found:
+            del self._seen[machine_id]
+        return found
 
     async def _follow(self, session: AsyncSession, machine_id: uuid.UUID) -> None:
         machine = await lock_machine(session, machine_id)
         if machine is None:
             return
         now_ns = self._clock()
-        ids = [node for node in (machine.id, machine.applier_id) if node is not None]
-        nodes = {
-            node.id: node for node in await session.scalars(select(Node).where(Node.id.in_(ids)))
-        }
-        disks = list(
-            await session.scalars(
-                select(ProtectedDisk).where(ProtectedDisk.machine_id == machine_id)
-            )
-        )
+        heard = await self._hear(session, [machine])
+        disks = (await _disks(session, [machine.id])).get(machine.id, [])
         tell: set[uuid.UUID] = set()
-        if self._removed(machine, nodes) and machine.applier_id is not None:
-            tell.add(machine.applier_id)
+        if _removed(machine, heard):
+            if machine.applier_id is not None:
+                tell.add(machine.applier_id)
             forget_points(machine)
-        observed = self._observe(machine, disks, nodes)
+        observed = _observe(machine, disks, heard)
         for index, size in observed.sizes:
             next(disk for disk in disks if disk.index == index).size_bytes = size
             tell.add(machine.id)
         for happening in observed.happenings:
-            before = machine.state
-            enter(
-                machine,
-                happening.event,
-                now_ns,
-                cause=happening.cause or "",
-                reason=happening.reason,
-            )
-            if happening.order:
-                machine.resync_in_window = True
-            elif happening.event in (Event.RESYNC_BEGUN, Event.RESYNC_DONE):
-                machine.resync_in_window = False
-            structlog.get_logger().info(
-                "machine changes",
-                machine=machine.name,
-                before=before,
-                state=machine.state,
-                cause=machine.cause,
-                reason=machine.reason,
-            )
-        if self._orders(machine):
+            _enter(machine, happening, now_ns)
+        if _orders(machine):
             policy = await session.get(Policy, machine.policy_id)
             if policy is not None and resync_allowed(policy.resync_window, now_ns):
                 machine.resync_request += 1
@@ -139,56 +124,108 @@ class Observer:
         if tell:
             await self._ports.bump(session, sorted(tell))
 
-    def _orders(self, machine: Machine) -> bool:
-        """Whether the config server itself has to order a resync, once the window is open."""
-        return machine.resync_in_window and machine.state in RESYNCING
-
-    def _removed(self, machine: Machine, nodes: dict[uuid.UUID, Node]) -> bool:
-        """Whether its points are gone that were left to be deleted when nobody waited for it."""
-        if machine.points != REMOVING or machine.state != State.UNPROTECTED:
-            return False
-        if machine.applier_id is None:
-            return True
-        store = store_of(self._heard(nodes.get(machine.applier_id)), machine.id)
-        return store is not None and store.removed
-
-    def _observe(
-        self, machine: Machine, disks: list[ProtectedDisk], nodes: dict[uuid.UUID, Node]
-    ) -> Observation:
-        heard = self._heard(nodes.get(machine.id))
-        if heard is None or not isinstance(heard.report, MachineReport):
-            return Observation()
-        applier = nodes.get(machine.applier_id) if machine.applier_id else None
-        return apply_report(
-            _view(machine, disks),
-            heard.report,
-            store_of(self._heard(applier), machine.id),
-            skew_ns=heard.report.time_ns - heard.seen_ns,
-        )
-
-    def _heard(self, node: Node | None) -> Heard | None:
-        if node is None:
-            return None
-        newest = self._ports.newest(node.id)
-        if node.report is None or (newest is not None and newest.seen_ns >= node.seen_ns):
-            return newest
-        return Heard(node.seen_ns, read_report(node.role, node.report))
-
-    async def _windows(self) -> None:
-        """Tell the agents whose policy's window has opened or closed since the last look."""
-        now_ns = self._clock()
-        async with self._database.reading() as session:
-            policies = (await session.execute(select(Policy.id, Policy.resync_window))).all()
-        is_open = {policy: resync_allowed(window, now_ns) for policy, window in policies}
-        flipped = [policy for policy, now in is_open.items() if self._open.get(policy, now) != now]
-        if flipped:
-            async with self._database.writing() as session:
-                await tell_users(session, self._ports, flipped)
-        self._open = is_open
+    async def _hear(
+        self, session: AsyncSession, machines: Sequence[Machine]
+    ) -> dict[uuid.UUID, Heard]:
+        """The newest reports of the machines' agents and appliers: what we heard ourselves, or what
+        another config server wrote down.
+        """
+        wanted = {machine.id for machine in machines}
+        wanted |= {machine.applier_id for machine in machines if machine.applier_id is not None}
+        rows = await session.execute(select(Node.id, Node.seen_ns).where(Node.seen_ns > 0))
+        heard = {}
+        for node, seen_ns in rows:
+            known = max(
+                (each for each in (self._ports.newest(node), self._read.get(node)) if each),
+                key=lambda each: each.seen_ns,
+                default=None,
+            )
+            if node in wanted and (known is None or known.seen_ns < seen_ns):
+                known = self._read[node] = await _read_row(session, node)
+            if known is not None:
+                heard[node] = known
+        for node in wanted - heard.keys():
+            newest = self._ports.newest(node)
+            if newest is not None:
+                heard[node] = newest
+        return heard
 
 
-def _view(machine: Machine, disks: list[ProtectedDisk]) -> MachineView:
-    return MachineView(
+async def _read_row(session: AsyncSession, node: uuid.UUID) -> Heard:
+    row = await session.get_one(Node, node)
+    assert row.report is not None
+    return Heard(row.seen_ns, read_report(row.role, row.report))
+
+
+async def _disks(
+    session: AsyncSession, machines: Sequence[uuid.UUID]
+) -> dict[uuid.UUID, list[ProtectedDisk]]:
+    found: dict[uuid.UUID, list[ProtectedDisk]] = {}
+    query = select(ProtectedDisk)
+    if len(machines) == 1:
+        query = query.where(ProtectedDisk.machine_id == machines[0])
+    if machines:
+        for disk in await session.scalars(query):
+            found.setdefault(disk.machine_id, []).append(disk)
+    return found
+
+
+def _signature(machine: Machine, heard: Mapping[uuid.UUID, Heard]) -> _Signature:
+    agent = heard.get(machine.id)
+    applier = heard.get(machine.applier_id) if machine.applier_id else None
+    return (
+        machine.revision,
+        agent.seen_ns if agent else 0,
+        applier.seen_ns if applier else 0,
+    )
+
+
+def _enter(machine: Machine, happening: Happening, now_ns: int) -> None:
+    before = machine.state
+    enter(
+        machine,
+        happening.event,
+        now_ns,
+        cause=happening.cause or "",
+        reason=happening.reason,
+    )
+    if happening.order:
+        machine.resync_in_window = True
+    elif happening.event in (Event.RESYNC_BEGUN, Event.RESYNC_DONE):
+        machine.resync_in_window = False
+    structlog.get_logger().info(
+        "machine changes",
+        machine=machine.name,
+        before=before,
+        state=machine.state,
+        cause=machine.cause,
+        reason=machine.reason,
+    )
+
+
+def _orders(machine: Machine) -> bool:
+    """Whether the config server itself has to order a resync, once the window is open."""
+    return machine.resync_in_window and machine.state in RESYNCING
+
+
+def _removed(machine: Machine, heard: Mapping[uuid.UUID, Heard]) -> bool:
+    """Whether its points are gone that were left to be deleted when nobody waited for it."""
+    if machine.points != REMOVING or machine.state != State.UNPROTECTED:
+        return False
+    if machine.applier_id is None:
+        return True
+    store = store_of(heard.get(machine.applier_id), machine.id)
+    return store is not None and store.removed
+
+
+def _observe(
+    machine: Machine, disks: Sequence[ProtectedDisk], heard: Mapping[uuid.UUID, Heard]
+) -> Observation:
+    agent = heard.get(machine.id)
+    if agent is None or not isinstance(agent.report, MachineReport):
+        return Observation()
+    applier = heard.get(machine.applier_id) if machine.applier_id else None
+    view = MachineView(
         State(machine.state),
         machine.since_ns,
         machine.cause,
@@ -199,4 +236,10 @@ def _view(machine: Machine, disks: list[ProtectedDisk]) -> MachineView:
             for disk in disks
             if not disk.excluded
         ),
+    )
+    return apply_report(
+        view,
+        agent.report,
+        store_of(applier, machine.id),
+        skew_ns=agent.report.time_ns - agent.seen_ns,
     )

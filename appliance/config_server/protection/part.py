@@ -3,11 +3,16 @@
 import asyncio
 import contextlib
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import structlog
+from sqlalchemy.ext.asyncio import AsyncSession
 
+from appliance.config_server.identity import data_keys
+from appliance.config_server.identity.vault_key import VaultKey
+from appliance.config_server.nodes.part import Nodes
 from appliance.config_server.protection.config import JobsConfig
 from appliance.config_server.protection.durable import Workflows, open_workflows
 from appliance.config_server.protection.instances import Watch, instance_id
@@ -40,6 +45,15 @@ class Protection:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.watch.run(health), name="instances")
             tasks.create_task(self.observer.run(health), name="observer")
+
+
+def node_ports(nodes: Nodes, vault: VaultKey, clock: Callable[[], int]) -> Ports:
+    """What jobs need of the parts that know nodes and keys."""
+
+    async def ensure_key(session: AsyncSession, machine: uuid.UUID) -> None:
+        await data_keys.ensure(session, vault, machine, clock())
+
+    return Ports(nodes.bump, ensure_key, nodes.book.newest)
 
 
 def nothing(_: str) -> None:

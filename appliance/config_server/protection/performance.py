@@ -9,7 +9,7 @@ Source: docs/CONTROL.md §9.
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Literal, TypeVar
 
 import structlog
@@ -39,10 +39,12 @@ from appliance.config_server.protection.workflow import (
 from appliance.config_server.protection.workflows import WORKFLOWS
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.schema import Job, Machine
-from replication.errors import NotFoundError, ReplicationError
+from replication.errors import ReplicationError
 
-POLL_SECONDS = 1.0
-"""Between two looks of a step that waits; news of a node wakes it at once."""
+POLL_SECONDS = 5.0
+"""Between two looks of a step that waits, for what another config server hears. What this one hears
+wakes it at once.
+"""
 
 DATABASE_RETRY_SECONDS = 1.0
 DATABASE_RETRIES_MAX = 3600
@@ -74,12 +76,12 @@ class Performer:
         self._instance = instance
         self._answer_ns = int(answer_seconds_max * 1e9)
         self._boundary = boundary or (lambda _: None)
-        self._news = asyncio.Event()
+        self._waiting: dict[uuid.UUID, set[asyncio.Event]] = {}
 
-    def wake(self) -> None:
-        """A node has said something: steps that wait look again."""
-        self._news.set()
-        self._news = asyncio.Event()
+    def wake(self, node: uuid.UUID) -> None:
+        """There is news of a node: the steps that wait for it look again."""
+        for news in self._waiting.get(node, ()):
+            news.set()
 
     async def names(self, job_id: str) -> list[str]:
         """The steps that the job was made with, whatever this version would make."""
@@ -93,14 +95,44 @@ class Performer:
     async def perform(self, job_id: str, index: int) -> Ending:
         """Do a step, or wait for what it waits for. Says whether the next one is to be done."""
         self._boundary(f"before {index}")
-        while True:
-            news = self._news
-            ending = await self._patiently(job_id, lambda: self._attempt(job_id, index))
-            if ending is not None:
-                self._boundary(f"after {index}")
-                return ending
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), POLL_SECONDS)
+        ending = await self._patiently(job_id, lambda: self._attempt(job_id, index))
+        if ending is None:
+            with self._listening(await self._nodes_of(job_id)) as news:
+                while ending is None:
+                    news.clear()
+                    ending = await self._patiently(job_id, lambda: self._attempt(job_id, index))
+                    if ending is None:
+                        with contextlib.suppress(TimeoutError):
+                            await asyncio.wait_for(news.wait(), POLL_SECONDS)
+        self._boundary(f"after {index}")
+        return ending
+
+    @contextlib.contextmanager
+    def _listening(self, nodes: frozenset[uuid.UUID]) -> Iterator[asyncio.Event]:
+        news = asyncio.Event()
+        for node in nodes:
+            self._waiting.setdefault(node, set()).add(news)
+        try:
+            yield news
+        finally:
+            for node in nodes:
+                self._waiting[node].discard(news)
+                if not self._waiting[node]:
+                    del self._waiting[node]
+
+    async def _nodes_of(self, job_id: str) -> frozenset[uuid.UUID]:
+        """The nodes whose news the job may wait for."""
+
+        async def read() -> frozenset[uuid.UUID]:
+            async with self._database.reading() as session:
+                job = await find_job(session, job_id)
+                machine = await session.get(Machine, job.target_id)
+            if machine is None:
+                return frozenset()
+            known = (machine.id, machine.process_server_id, machine.applier_id)
+            return frozenset(node for node in known if node is not None)
+
+        return await self._patiently(job_id, read)
 
     async def conclude(self, job_id: str) -> None:
         """Close the job: what succeeded is kept, what was begun otherwise is undone."""
@@ -220,14 +252,6 @@ async def _machine_of(session: AsyncSession, job: Job) -> Machine | None:
         select(Machine).where(Machine.id == job.target_id).with_for_update()
     )
     return machine if machine is not None and machine.job_id == job.id else None
-
-
-async def lock_machine(session: AsyncSession, machine: uuid.UUID) -> Machine:
-    """Raises NotFoundError."""
-    row = await session.scalar(select(Machine).where(Machine.id == machine).with_for_update())
-    if row is None:
-        raise NotFoundError(f"there is no machine {machine}")
-    return row
 
 
 def _duration(nanoseconds: int) -> str:

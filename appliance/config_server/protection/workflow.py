@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from appliance.config_server.nodes.report_book import Heard
 from appliance.config_server.protection.jobs import JobKind
 from appliance.config_server.store.schema import Job, Machine, Node
 from replication.control.report import (
@@ -53,14 +54,6 @@ class Waiting:
 
 
 Verdict = Done | Waiting
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """The newest report of a node and when it came, by the config server's clock."""
-
-    seen_ns: int
-    report: Report
 
 
 @dataclass(frozen=True, slots=True)

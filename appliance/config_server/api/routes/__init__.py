@@ -9,8 +9,11 @@ from appliance.config_server.api.routes import (
     events,
     health,
     health_check,
+    jobs,
+    machines,
     me,
     node,
+    policies,
     tokens,
 )
 
@@ -20,6 +23,9 @@ ROUTERS: tuple[Router, ...] = (
     enrolment.router,
     node.router,
     certificates.router,
+    jobs.router,
+    machines.router,
+    policies.router,
     tokens.router,
     audit.router,
     health.router,

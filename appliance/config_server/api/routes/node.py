@@ -73,6 +73,7 @@ async def report(
     if said.kind != caller.role:
         raise InputError(f"kind: a {caller.role} does not report as a {said.kind}")
     version = await server.nodes.take_report(server.database, caller.node_id, said, server.clock())
+    server.protection.performer.wake(caller.node_id)
     return ReportAnswer(time_ns=server.clock(), assignment=version)
 
 

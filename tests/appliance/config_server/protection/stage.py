@@ -14,6 +14,7 @@ from pathlib import Path
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from appliance.config_server.nodes.report_book import Heard
 from appliance.config_server.protection.config import JobsConfig
 from appliance.config_server.protection.jobs import find_job, is_open, steps_of
 from appliance.config_server.protection.part import Protection, nothing, open_protection
@@ -22,7 +23,7 @@ from appliance.config_server.protection.policy import PolicySettings
 from appliance.config_server.protection.requests import Asking
 from appliance.config_server.protection.table import REPLICATING
 from appliance.config_server.protection.transition import REMOVING
-from appliance.config_server.protection.workflow import Heard, Ports
+from appliance.config_server.protection.workflow import Ports
 from appliance.config_server.store.engine import Database, open_database
 from appliance.config_server.store.schema import DataKey, Job, Machine, Node
 from daemon.service import Health
@@ -124,10 +125,11 @@ class Nodes:
             resync_request=machine.resync_request if machine else 0,
         )
 
-    async def live(self, wake: Callable[[], None]) -> None:
+    async def live(self, wake: Callable[[uuid.UUID], None]) -> None:
         while True:
             await self.report()
-            wake()
+            for node in self.reports:
+                wake(node)
             await asyncio.sleep(0.03)
 
 

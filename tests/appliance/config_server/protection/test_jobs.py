@@ -116,7 +116,7 @@ async def test_a_cancelled_job_undoes_what_it_began(stage: Stage) -> None:
     assert "ps-1" in await stage.noted(job.id, 2)
     async with stage.database.writing() as session:
         ask_to_cancel(await find_job(session, job.id, lock=True), stage.clock())
-    stage.protection.performer.wake()
+    stage.protection.performer.wake(MACHINE)
     job = await stage.ended(job.id)
     assert (job.state, job.error) == (JobState.CANCELLED, None)
     assert (await stage.machine()).state == "unprotected"

@@ -1,0 +1,202 @@
+"""A process that runs jobs in children and has them kill themselves.
+
+``python -m tests.appliance.config_server.protection.killing FOLDER``: each kind of job is run
+once undisturbed, then once for each boundary between two durable writes: a child is killed there,
+the next one goes on. Prints one JSON object a line. Children are forked, so that only the first
+process pays for its imports. ``--server``: URL of a PostgreSQL server, ``{}`` for the database.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from sqlalchemy import select
+
+from appliance.config_server.protection import requests
+from appliance.config_server.protection.jobs import JobKind
+from appliance.config_server.store.schema import Job, Machine, Node, ProtectedDisk
+from daemon.log import configure_log
+from tests.appliance.config_server.protection.stage import Stage, open_stage
+
+CHILDREN_MAX = 4
+NEVER = 0
+
+ASK: dict[JobKind, tuple[str, dict[str, Any]]] = {
+    JobKind.PROTECT: ("protect", {"policy": "gold"}),
+    JobKind.UNPROTECT: ("unprotect", {"keep_points": False}),
+    JobKind.ADD_DISK: ("add_disk", {"name": "/dev/sdb"}),
+    JobKind.EXCLUDE_DISK: ("exclude_disk", {"index": 1}),
+    JobKind.RESYNC: ("resync", {"now": True}),
+}
+
+
+class Trap:
+    """Counts boundaries, and kills this process at one of them."""
+
+    def __init__(self, kill_at: int) -> None:
+        self.kill_at = kill_at
+        self.seen: list[str] = []
+
+    def __call__(self, name: str) -> None:
+        self.seen.append(name)
+        if len(self.seen) == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a config server's state is. ``server``: PostgreSQL's, none for SQLite."""
+
+    folder: Path
+    server: str | None
+
+    @property
+    def url(self) -> str | None:
+        return self.server.format(self._database) if self.server else None
+
+    @property
+    def _database(self) -> str:
+        return self.folder.name.replace("-", "_")
+
+    def make(self) -> None:
+        self.folder.mkdir()
+        self._execute(f"CREATE DATABASE {self._database}")
+
+    def copy(self, name: str) -> "Place":
+        """A place with the same state. Nobody has it open."""
+        new = Place(self.folder.parent / name, self.server)
+        shutil.copytree(self.folder, new.folder)
+        self._execute(f"CREATE DATABASE {new._database} TEMPLATE {self._database}")
+        return new
+
+    def _execute(self, statement: str) -> None:
+        if self.server is not None:
+            url = self.server.format("postgres").replace("+psycopg", "")
+            with psycopg.connect(url, autocommit=True) as connection:
+                connection.execute(statement)
+
+
+async def prepare(place: Place, kind: JobKind) -> None:
+    """Bring a machine to where the job starts."""
+    async with open_stage(place.folder, place.url) as stage:
+        if kind is not JobKind.PROTECT:
+            disks = ("/dev/sda",) if kind is JobKind.ADD_DISK else None
+            async with stage.asking() as asking:
+                job = await requests.protect(asking, "web-1", policy="gold", disks=disks)
+            await stage.protection.begin(job.id)
+            await stage.ended(job.id)
+            await stage.state("protected")
+
+
+async def begin(place: Place, kind: JobKind, trap: Trap) -> dict[str, Any]:
+    """Ask for the job and see it to its end, unless the trap springs."""
+    async with open_stage(place.folder, place.url, boundary=trap) as stage:
+        name, options = ASK[kind]
+        async with stage.asking() as asking:
+            job = await getattr(requests, name)(asking, "web-1", **options)
+        await stage.protection.begin(job.id)
+        return {**await outcome(stage, kind), "boundaries": trap.seen}
+
+
+async def go_on(place: Place, kind: JobKind) -> dict[str, Any]:
+    """What a config server does that starts again."""
+    async with open_stage(place.folder, place.url) as stage:
+        return await outcome(stage, kind)
+
+
+async def outcome(stage: Stage, kind: JobKind) -> dict[str, Any]:
+    """What came of it. Versions of assignments tell how often nodes were told something."""
+    async with stage.database.reading() as session:
+        job = (await session.scalars(select(Job).where(Job.kind == kind))).one()
+    job = await stage.ended(job.id)
+    async with stage.database.reading() as session:
+        machine = (await session.scalars(select(Machine))).one()
+        nodes = await session.scalars(select(Node).order_by(Node.name))
+        disks = await session.scalars(select(ProtectedDisk).order_by(ProtectedDisk.index))
+        return {
+            "state": job.state,
+            "error": job.error,
+            "steps": [step["state"] for step in job.steps],
+            "machine": [machine.state, machine.points, machine.resync_request, machine.job_id],
+            "revision": machine.revision,
+            "versions": [node.assignment_version for node in nodes],
+            "disks": [[disk.index, disk.excluded] for disk in disks],
+        }
+
+
+def child(work: Callable[[], Any], result: Path) -> int:
+    """Do ``work`` in a child that writes what came of it; returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        result.write_text(json.dumps(work()))
+        code = 0
+    finally:
+        sys.stderr.flush()
+        os._exit(code)  # a traceback would be the parent's to print, not a forked copy's
+
+
+async def finished(pid: int) -> int:
+    """The exit code of a child; less than 0: killed by that signal."""
+    return os.waitstatus_to_exitcode((await asyncio.to_thread(os.waitpid, pid, 0))[1])
+
+
+async def do(place: Place, what: str, work: Callable[[], Any]) -> Any:
+    """Work in a child; none when it was killed."""
+    result = place.folder / what
+    code = await finished(child(work, result))
+    if code == -signal.SIGKILL:
+        return None
+    assert code == 0, f"{result}: ended with {code}"
+    return json.loads(result.read_text())
+
+
+async def run(origin: Place, kind: JobKind, kill_at: int) -> dict[str, Any]:
+    """A job, killed at a boundary and gone on with; NEVER: undisturbed."""
+    place = origin.copy(f"{kind}-{kill_at}")
+    told = await do(place, "begun", lambda: asyncio.run(begin(place, kind, Trap(kill_at))))
+    if told is not None:
+        return {"killed": False, **told}
+    return {"killed": True, **await do(place, "ended", lambda: asyncio.run(go_on(place, kind)))}
+
+
+async def main(folder: Path, server: str | None, kinds: list[JobKind]) -> None:
+    """Run jobs of all kinds, undisturbed and killed everywhere."""
+    free = asyncio.Semaphore(CHILDREN_MAX)
+
+    async def one(origin: Place, kind: JobKind, kill_at: int) -> dict[str, Any]:
+        async with free:
+            told = await run(origin, kind, kill_at)
+        print(json.dumps({"kind": kind, "kill_at": kill_at, **told}), flush=True)  # noqa: T201
+        return told
+
+    async def all_of(kind: JobKind) -> None:
+        origin = Place(folder / f"{kind}-origin", server)
+        origin.make()
+        await do(origin, "prepared", lambda: asyncio.run(prepare(origin, kind)))
+        whole = await one(origin, kind, NEVER)
+        count = len(whole["boundaries"])
+        await asyncio.gather(*(one(origin, kind, kill_at) for kill_at in range(1, count + 1)))
+
+    await asyncio.gather(*(all_of(kind) for kind in kinds))
+
+
+if __name__ == "__main__":
+    configure_log(daemon="killed", level="error")
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("folder", type=Path)
+    arguments.add_argument("--server")
+    arguments.add_argument("--kind", type=JobKind, action="append")
+    given = arguments.parse_args()
+    asyncio.run(main(given.folder, given.server, given.kind or list(JobKind)))
