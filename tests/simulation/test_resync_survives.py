@@ -367,10 +367,12 @@ class World:
 
     def forge(self) -> None:
         """Somebody writes a watermark into the cache, or puts an older one back."""
-        generation = self.agent.position.generation
+        generation, number = self.agent.position.generation, self.agent.position.committed
+        plausible = Stamp(generation, self.rng.randint(0, number + 1))
+        absurd = Stamp(generation + self.rng.randint(0, 2), self.rng.randint(0, 50))
         forged = Watermark(
             MACHINE,
-            applied=Stamp(generation + self.rng.randint(0, 2), self.rng.randint(0, 50)),
+            applied=plausible if self.rng.random() < 0.7 else absurd,
             attempt=new_attempt(),
             lost="so it is said" if self.rng.random() < 0.3 else "",
             lost_generation=generation,
@@ -479,6 +481,14 @@ class World:
         self.vain, self.published = 0, NO_BASIS
         self.publish()
 
+    def go_well(self) -> None:
+        """For a moment everybody does what he should."""
+        for _ in range(self.rng.randint(1, 6)):
+            self.turn()
+            self.upload()
+            self.apply()
+            self.publish_sums()
+
     def come_to_rest(self) -> None:
         self.land(everything=True)
         for step in range(2500):
@@ -514,11 +524,22 @@ def _blocks(run: tuple[int, int]) -> range:
     return range(run[0], run[0] + run[1])
 
 
-COMMON = ("write", "land", "turn", "die", "upload", "apply", "publish_sums", "prune", "settle")
-WEIGHTS = (6, 4, 8, 2, 6, 6, 4, 3, 2)
+COMMON = (
+    "write",
+    "land",
+    "go_well",
+    "turn",
+    "die",
+    "upload",
+    "apply",
+    "publish_sums",
+    "prune",
+    "settle",
+)
+WEIGHTS = (6, 4, 8, 6, 2, 6, 6, 4, 3, 2)
 
 
-def _play(folder: str, seed: int, faults: tuple[str, ...], steps: int = 150) -> World:
+def _play(folder: str, seed: int, faults: tuple[str, ...], steps: int = 250) -> World:
     world = World(folder, random.Random(seed))
     world.refused = set()
     rng = world.rng
