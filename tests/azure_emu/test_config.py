@@ -11,6 +11,7 @@ KEY = "A" * 86 + "=="
 def written(folder: Path, account: str, extra: str = "") -> str:
     path = folder / "emulator.toml"
     path.write_text(f'[storage]\ndata_folder = "{folder}"\naccount = {account}\n{extra}\n')
+    path.chmod(0o600)
     return str(path)
 
 

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from daemon.config import DaemonConfig, Section
 from replication.errors import ConfigError
@@ -80,3 +81,42 @@ def test_configuration_cannot_be_changed(path: Path) -> None:
     config = Config.load(str(path), {})
     with pytest.raises(ValueError, match="frozen"):
         config.rounds_max = 5
+
+
+class Account(Section):
+    name: str
+    key: SecretStr | None = None
+
+
+class WithSecrets(DaemonConfig):
+    accounts: tuple[Account, ...] = ()
+    token: SecretStr | None = None
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('token = "hidden"', "token"),
+        ('[[accounts]]\nname = "a"\n[[accounts]]\nname = "b"\nkey = "hidden"', r"accounts\.key"),
+    ],
+)
+def test_file_with_a_secret_that_everyone_can_read_is_refused(
+    text: str, key: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "daemon.toml"
+    path.write_text(text)
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match=f"holds the secret {key}") as told:
+        WithSecrets.load(str(path), {})
+    assert told.value.hint == f"chmod o= {path}"
+    assert "hidden" not in str(told.value)
+    path.chmod(0o640)
+    WithSecrets.load(str(path), {})
+
+
+def test_file_without_the_secret_may_be_read_by_everyone(tmp_path: Path) -> None:
+    path = tmp_path / "daemon.toml"
+    path.write_text('[[accounts]]\nname = "a"\n')
+    path.chmod(0o644)
+    config = WithSecrets.load(str(path), {"UNDERSTUDY_TOKEN": "hidden"})
+    assert config.token == SecretStr("hidden")

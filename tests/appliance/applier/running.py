@@ -65,6 +65,7 @@ class Site:
             lines += ["[[machines]]", *(f"{key} = {_toml(v)}" for key, v in machine.items())]
         path = self.folder / "applier.toml"
         path.write_text("\n".join(lines) + "\n")
+        path.chmod(0o600)
         return path
 
     @contextlib.asynccontextmanager

@@ -123,6 +123,7 @@ recheck_seconds = 1.0
 health_port = {self.health_port}
 """
         )
+        self._config.chmod(0o600)
 
     @property
     def pid(self) -> int:

@@ -20,6 +20,7 @@ connection_string = "x"
 def load(tmp_path: Path, content: str) -> Config:
     path = tmp_path / "process_server.toml"
     path.write_text(content)
+    path.chmod(0o600)
     return Config.load(str(path), {})
 
 
