@@ -1,30 +1,22 @@
-"""``understudy``: the operator's command; one sub-command per noun."""
+"""``understudy``: the operator's command; `commands` lists its sub-commands."""
 
+import os
 import sys
 
 import typer
 
-from appliance.cli import agent, export, lab, machines, mount, pki, points, verify
-from daemon.service import fail
+from appliance.cli.commands import Commands
 from replication.errors import ReplicationError
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Understudy replicates machines to a second site and brings them up there.",
 )
-app.add_typer(pki.app, name="pki")
-app.add_typer(agent.app, name="agent")
-for command in (
-    machines.machines,
-    points.points,
-    mount.mount,
-    export.export,
-    verify.verify,
-):
-    app.command()(command)
-lab.register(app)
 
 
 @app.callback()
@@ -37,7 +29,12 @@ def main() -> int:
     try:
         app()
     except ReplicationError as error:
+        from daemon.service import fail  # noqa: PLC0415 - brings a web server along
+
         return fail(error)
+    except BrokenPipeError:
+        # Whoever read our output has enough of it, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

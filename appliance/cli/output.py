@@ -28,13 +28,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table: its heading, the key of its value in a row, how people read it."""
+    """A column of a table: its heading, the key of its value in a row, how people read it.
+
+    style: the colour of a value.
+    """
 
     heading: str
     key: str
     show: Callable[[Any], str] = str
     right: bool = False
     wraps: bool = False
+    style: Callable[[Any], str] | None = None
 
 
 def print_json(tree: object) -> None:
@@ -48,8 +52,7 @@ def print_rows(
     if as_json:
         print_json(list(rows))
         return
-    # A pipe has no width: lines stay whole there, for grep and for logs.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console = _console()
     if not rows:
         console.print(_plain(none))
         return
@@ -61,8 +64,36 @@ def print_rows(
             no_wrap=not column.wraps,
         )
     for row in rows:
-        table.add_row(*(_plain(column.show(row[column.key])) for column in columns))
+        table.add_row(*(_cell(column, row.get(column.key)) for column in columns))
     console.print(table)
+
+
+def _cell(column: Column, value: Any) -> Text:
+    text = _plain(column.show(value))
+    if column.style is not None:
+        text.stylize(column.style(value))
+    return text
+
+
+def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """What is known of one thing: a line each."""
+    console = _console()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for heading, value in pairs:
+        table.add_row(heading, _plain(value))
+    console.print(table)
+
+
+def print_line(text: str, *, style: str = "") -> None:
+    """One line to standard output, as plain text."""
+    _console().print(Text(printable(text), style=style), soft_wrap=True)
+
+
+def _console() -> Console:
+    # A pipe has no width: lines stay whole there, for grep and for logs.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def _plain(text: str) -> Text:
@@ -75,6 +106,61 @@ def _plain(text: str) -> Text:
 def printable(text: str) -> str:
     """``text`` with a question mark for whatever does not print."""
     return "".join(char if char.isprintable() else "?" for char in text)
+
+
+STATE_STYLES = {
+    "normal": "green",
+    "warning": "yellow",
+    "critical": "bold red",
+    "protected": "green",
+    "succeeded": "green",
+    "running": "cyan",
+    "failed": "bold red",
+    "cancelled": "yellow",
+    "resync-required": "yellow",
+}
+
+
+def state_style(state: Any) -> str:
+    """The colour of a state, a severity, a job's state."""
+    return STATE_STYLES.get(str(state), "")
+
+
+def text_or_dash(value: Any) -> str:
+    return "-" if value is None or value == "" else str(value)
+
+
+def size(size_bytes: int | None) -> str:
+    """In the unit that suits: ``512 B``, ``4.0 GiB``."""
+    if size_bytes is None:
+        return "-"
+    amount, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while amount >= 1024 and len(units) > 1:
+        amount, units = amount / 1024, units[1:]
+    return f"{amount:.0f} B" if units[0] == "B" else f"{amount:,.1f} {units[0]}"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share * 100:.0f} %"
+
+
+_SPANS = (("d", 86400), ("h", 3600), ("min", 60))
+
+
+def span(seconds: float | None) -> str:
+    """How long: ``8 s``, ``5 min``, ``2 h 5 min``, ``3 d 4 h``."""
+    if seconds is None:
+        return "-"
+    rest, told = max(0, round(seconds)), []
+    if rest < 120:
+        return f"{rest} s"
+    for unit, length in _SPANS:
+        if rest >= length:
+            told.append(f"{rest // length} {unit}")
+            rest %= length
+        elif told:
+            break
+    return " ".join(told[:2])
 
 
 def mebibytes(size_bytes: int) -> str:

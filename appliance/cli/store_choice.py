@@ -8,23 +8,12 @@ import typer
 
 from appliance.applier.store import Point, ReaderStore, machines_in, open_reader
 from appliance.applier.store.point_names import LATEST, point_name
+from appliance.cli.names import STORE_VARIABLE, STORES_LOOKED_FOR, Store
 from replication.bookmark import DiskShape
 from replication.errors import ConfigError
 
-STORE_VARIABLE = "UNDERSTUDY_STORE"
-STORES_LOOKED_FOR = ("/var/lib/understudy/store", "/var/lib/understudy-lab/store")
+__all__ = ["Machine", "PointName", "Store", "find_disk", "find_machine", "find_point", "find_store"]
 
-Store = Annotated[
-    str | None,
-    typer.Option(
-        "--store",
-        envvar=STORE_VARIABLE,
-        metavar="DIR",
-        help="The applier's store; the first of "
-        + " and ".join(STORES_LOOKED_FOR)
-        + " that is there, if not given.",
-    ),
-]
 Machine = Annotated[str, typer.Argument(metavar="MACHINE", help="A machine's name or id.")]
 PointName = Annotated[
     str,

@@ -6,9 +6,10 @@ import typer
 
 from appliance.applier.store import Damage, Point, ReaderStore
 from appliance.applier.store.point_names import point_name
+from appliance.applier.store.reports import report_damage
 from appliance.cli.output import AsJson, mebibytes, print_json, progress_bytes
 from appliance.cli.store_choice import Machine, PointName, Store, find_machine, find_point
-from replication.errors import IntegrityError
+from replication.errors import IntegrityError, StorageError
 
 DAMAGES_SHOWN_MAX = 20
 
@@ -36,14 +37,24 @@ def verify(
     elif not damages:
         typer.echo(f"{point_name(found)}: {mebibytes(read_bytes)} read, every block is right")
     if damages:
+        told = _report(reader, damages)
         shown = "; ".join(
             f"disk {damage.disk} block {damage.block} ({damage.file} at byte {damage.offset})"
             for damage in damages[:DAMAGES_SHOWN_MAX]
         )
         raise IntegrityError(
             f"{len(damages)} blocks of {point_name(found)} are rotten: {shown}",
-            hint="they are refused, never served; the applier asks the source for fresh ones",
+            hint=f"they are refused, never served; {told}",
         )
+
+
+def _report(reader: ReaderStore, damages: list[Damage]) -> str:
+    """Leave word for the applier that owns the store; what becomes of it."""
+    try:
+        report_damage(reader.folder, damages)
+    except StorageError:
+        return "the applier finds them by its scrub: here it cannot be told"
+    return "the applier is told, and asks the source for fresh ones"
 
 
 def _read_all(reader: ReaderStore, point: Point, *, quiet: bool) -> tuple[list[Damage], int]:

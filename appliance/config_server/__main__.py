@@ -12,6 +12,7 @@ from appliance.config_server.config import ConfigServerConfig
 from appliance.config_server.identity.administration import (
     change_unlock_file,
     rotate_passphrase,
+    show_ca,
     show_passphrase,
 )
 from appliance.config_server.serving import serve
@@ -56,6 +57,8 @@ def _command(
             return rotate_passphrase(config)
         case "passphrase", _:
             return show_passphrase(config)
+        case "ca", _:
+            return show_ca(config, fingerprint=arguments.fingerprint)
         case "reseal", _:
             return change_unlock_file(config, arguments.new_unlock_file)
     return None
@@ -88,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         default="show",
         help="print it (the default); make a new one, and the old one worthless",
     )
+    ca = commands.add_parser("ca", help="the CA's certificate, for `understudy login --ca`")
+    ca.add_argument("--fingerprint", action="store_true", help="its digest instead")
     reseal = commands.add_parser("reseal", help="seal the keys under another unlock file")
     reseal.add_argument("new_unlock_file", metavar="FILE")
     return parser

@@ -3,6 +3,7 @@ it is to print.
 """
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import AsyncIterator
@@ -37,6 +38,14 @@ async def rotate_passphrase(config: ConfigServerConfig) -> str:
         audit = Audit(database, time.time_ns)
         audit.add(session, LOCAL_OPERATOR, "passphrase.rotate", "enrolment")
     return passphrase.text
+
+
+async def show_ca(config: ConfigServerConfig, *, fingerprint: bool) -> str:
+    """The CA's certificate as PEM, or the digest by which `understudy login` knows it."""
+    async with _opened(config) as (_, keyring):
+        if fingerprint:
+            return f"sha256:{hashlib.sha256(keyring.ca_der).hexdigest()}"
+        return keyring.ca_pem.strip()
 
 
 async def change_unlock_file(config: ConfigServerConfig, new_unlock_file: str) -> str:
