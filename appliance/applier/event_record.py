@@ -32,10 +32,11 @@ class EventRecord:
 
     def __init__(self, folder: str) -> None:
         self._path = os.path.join(folder, EVENTS_FILE)
-        self._events = _read(self._path)
-        # What a torn line left must not grow together with the next one.
-        write_whole(self._path, [event.to_line() for event in self._events])
-        self._lines = len(self._events)
+        self._events, self._lines = _read(self._path)
+        if self._lines != len(self._events):
+            # What a torn line left must not grow together with the next one.
+            write_whole(self._path, [event.to_line() for event in self._events])
+            self._lines = len(self._events)
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -45,7 +46,7 @@ class EventRecord:
     def tell(self, time_ns: int, code: str, message: str) -> None:
         event = Event(time_ns, code, message[:_MESSAGE_CHARS_MAX])
         self._events = [*self._events, event][-EVENT_COUNT_MAX:]
-        if self._lines >= 2 * EVENT_COUNT_MAX:
+        if not self._lines or self._lines >= 2 * EVENT_COUNT_MAX:
             write_whole(self._path, [item.to_line() for item in self._events])
             self._lines = len(self._events)
             return
@@ -59,14 +60,16 @@ class EventRecord:
         self._lines += 1
 
 
-def _read(path: str) -> list[Event]:
+def _read(path: str) -> tuple[list[Event], int]:
+    """The newest events, and how many lines there are; one more when the last one is torn."""
     try:
         with open(path, "rb") as file:
-            lines = file.read().splitlines()
+            content = file.read()
     except FileNotFoundError:
-        return []
+        return [], 0
     except OSError as error:
         raise storage_error("read", path, error) from error
+    lines = content.splitlines()
     events = []
     for line in lines[-EVENT_COUNT_MAX:]:
         try:
@@ -74,4 +77,5 @@ def _read(path: str) -> list[Event]:
             events.append(Event(int(tree["time_ns"]), str(tree["code"]), str(tree["message"])))
         except (ValueError, KeyError, TypeError):
             continue
-    return events
+    is_torn = bool(content) and not content.endswith(b"\n")
+    return events, len(lines) + is_torn

@@ -17,6 +17,7 @@ from appliance.applier.resync_record import ResyncRecord
 from appliance.applier.scrub import SLICE_BYTES_MAX, Scrub
 from appliance.applier.settled import settled
 from appliance.applier.store.machine_store import MachineStore
+from appliance.applier.store.reports import drop_reports, read_reports
 from appliance.applier.target import Target
 from replication.bookmark import Bookmark
 from replication.manifest import Manifest
@@ -156,6 +157,7 @@ class Keeping:
             await settled(
                 self._store.thin, time.time_ns(), target.retention, bytes_max=THIN_BYTES_MAX
             )
+        await self._take_reports()
         rate = self._config.scrub_bytes_per_second
         earned = min(SLICE_BYTES_MAX, int(rate * (now - self._scrubbed_at)))
         self._scrubbed_at = now
@@ -164,6 +166,18 @@ class Keeping:
             self._metrics.scrubbed_bytes.labels(self._target().name).inc(done_bytes)
             self._take(findings)
             self._count()
+
+    async def _take_reports(self) -> None:
+        """Ask for what readers have found damaged, if it is so at the head."""
+        head = self._store.head
+        paths, runs = await settled(read_reports, self._store.folder)
+        if not paths or head is None:
+            return
+        disks = {disk.index for disk in self._store.chain().points[-1].disks}
+        here = [run for run in runs if run.disk in disks]
+        self._take(await settled(find_unreadable, self._store, head.position, here))
+        await settled(drop_reports, paths)  # not before the book has them
+        self._count()
 
     def _check(self, position: int, manifest: Manifest, runs: Sequence[RepairRun]) -> list[Finding]:
         findings = find_unreadable(self._store, position, runs)

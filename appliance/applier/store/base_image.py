@@ -167,6 +167,14 @@ class BaseImage:
         self.close()
 
 
+def allocate(fd: int, size_bytes: int) -> None:
+    """Reserve room for a file; OSError when there is none, or the file system cannot."""
+    while _libc.fallocate(fd, 0, 0, size_bytes) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
 def _punch(fd: int, offset: int, length: int, path: str) -> None:
     mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
     while _libc.fallocate(fd, mode, offset, length) != 0:

@@ -1,19 +1,20 @@
 """Base and layers of one disk flattened into one map: where each block lives.
 
-Eight bytes a block; a map of a large disk lies in an unlinked sparse file, so that it costs disk
-cache rather than memory, and only where layers changed something.
+Eight bytes a block; a map of a large disk lies in an unlinked file, so that it costs disk cache
+rather than memory, where the disk has room for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from appliance.applier.store.base_image import allocate
 from appliance.applier.store.extents import ZERO
-from daemon.durable import storage_error
 from replication.checksum import DIGEST_BYTES
 
 if TYPE_CHECKING:
@@ -126,15 +127,17 @@ class BlockMap:
 
 
 def _memory(size_bytes: int, scratch_folder: str) -> npt.NDArray[np.uint8]:
-    """Zeroed memory, sparse; in a nameless file when it is much."""
-    if size_bytes <= ANONYMOUS_BYTES_MAX:
-        return np.zeros(size_bytes, np.uint8)
-    try:
-        fd = os.open(scratch_folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(fd, size_bytes)
-            return np.frombuffer(mmap.mmap(fd, size_bytes), np.uint8)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise storage_error("make room for a view in", scratch_folder, error) from error
+    """Zeroed memory; in a nameless file when it is much and the disk has room for all of it.
+
+    A sparse file would end the process (SIGBUS) at the page for which there is no room.
+    """
+    if size_bytes > ANONYMOUS_BYTES_MAX:
+        with contextlib.suppress(OSError):
+            fd = os.open(scratch_folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+            try:
+                os.ftruncate(fd, size_bytes)
+                allocate(fd, size_bytes)
+                return np.frombuffer(mmap.mmap(fd, size_bytes), np.uint8)
+            finally:
+                os.close(fd)
+    return np.zeros(size_bytes, np.uint8)

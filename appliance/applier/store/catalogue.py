@@ -10,9 +10,12 @@ Source: docs/STORE.md §5.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import sqlite3
+import tempfile
 import threading
 import uuid
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from appliance.applier.store.layer_format import shapes_from_json, shapes_to_json
 from appliance.applier.store.model import Damage, Head, LayerRow, Point
+from daemon.durable import storage_error
 from replication.bookmark import Bookmark, Consistency, Stamp
 from replication.errors import IntegrityError, StorageError, UnavailableError
 
@@ -28,6 +32,11 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 BUSY_SECONDS_MAX = 30
+SPACE_BYTES_MIN = 1 << 20
+"""With less than this a log and its index may not be made."""
+
+_MEMORY = "/dev/shm"  # noqa: S108 - a folder in memory, and a new one of our own in it
+_NO_SPACE = os.strerror(errno.ENOSPC)
 REBUILD_HINT = "move it away, with its -wal and -shm: the applier makes a new one from the layers"
 _SCHEMA = """
 CREATE TABLE machine (
@@ -275,6 +284,28 @@ class Catalogue:
         self.close()
 
 
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[Catalogue]:
+    """The catalogue for one question, also when its disk has no room for the log that SQLite needs.
+
+    It is read from a copy in memory then. A writer that moves its log into it meanwhile may tear
+    the copy, which shows as damage: whoever asks asks again.
+    """
+    try:
+        catalogue = Catalogue.open(path)
+    except StorageError:
+        with tempfile.TemporaryDirectory(dir=_MEMORY if os.path.isdir(_MEMORY) else None) as folder:
+            copy = os.path.join(folder, os.path.basename(path))
+            for suffix in ("", "-wal"):
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copyfile(path + suffix, copy + suffix)
+            with Catalogue.open(copy) as found:
+                yield found
+        return
+    with catalogue:
+        yield catalogue
+
+
 def _connect(path: str, mode: str) -> sqlite3.Connection:
     try:
         connection = sqlite3.connect(
@@ -301,8 +332,20 @@ def _told(path: str, error: sqlite3.Error) -> Exception:
         return UnavailableError(f"the catalogue {path} is busy: {error}", hint="try again")
     if code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return IntegrityError(f"the catalogue {path} is damaged: {error}", hint=REBUILD_HINT)
-    hint = "the disk is full" if code == sqlite3.SQLITE_FULL else None
-    return StorageError(f"cannot use the catalogue {path}: {error}", hint=hint)
+    if code == sqlite3.SQLITE_FULL or _is_full(os.path.dirname(path)):
+        # It says that it cannot open the file, where it cannot make the log beside it.
+        return storage_error(
+            "use the catalogue", path, OSError(errno.ENOSPC, f"{_NO_SPACE}: {error}")
+        )
+    return StorageError(f"cannot use the catalogue {path}: {error}")
+
+
+def _is_full(folder: str) -> bool:
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return False
+    return found.f_bavail * found.f_frsize < SPACE_BYTES_MIN
 
 
 def _point(row: tuple[Any, ...]) -> Point:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from appliance.applier.store.base_image import BaseImage, base_folder, check_base
 from appliance.applier.store.base_record import BaseRecord
-from appliance.applier.store.catalogue import REBUILD_HINT, Catalogue, Chain
+from appliance.applier.store.catalogue import REBUILD_HINT, Chain, reading
 from appliance.applier.store.layer_reader import Layer
 from appliance.applier.store.pins import Pin
 from appliance.applier.store.view import View
@@ -60,7 +60,7 @@ class ReaderStore:
     def chain(self) -> Chain:
         """One consistent look at layers and positions; ConfigError when there is no store."""
         try:
-            with Catalogue.open(os.path.join(self.folder, "catalogue.sqlite")) as catalogue:
+            with reading(os.path.join(self.folder, "catalogue.sqlite")) as catalogue:
                 return catalogue.chain()
         except FileNotFoundError as error:
             raise ConfigError(
@@ -83,7 +83,7 @@ class ReaderStore:
         ]
 
     def damages(self) -> list[Damage]:
-        with Catalogue.open(os.path.join(self.folder, "catalogue.sqlite")) as catalogue:
+        with reading(os.path.join(self.folder, "catalogue.sqlite")) as catalogue:
             return catalogue.damages()
 
     def open_view(self, position: int, disk: int) -> View:
