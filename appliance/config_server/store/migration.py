@@ -23,7 +23,6 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from appliance.config_server.store.connection import IMMEDIATE, make_engine, sqlite_path
-from appliance.config_server.store.schema import Base
 from appliance.config_server.store.trouble import explained
 from daemon.durable import make_folder, storage_error
 from replication.errors import ConfigError, IntegrityError, StorageError, UnavailableError
@@ -34,6 +33,9 @@ ADVISORY_LOCK = 0x756E6465727374
 """PostgreSQL's number for our lock: the letters "underst"."""
 
 VERSION_TABLE = "alembic_version"
+_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+_VERSION = f"SELECT version_num FROM {VERSION_TABLE}"  # noqa: S608 - a name of ours
+_PRIMARY_CODE = 0xFF
 _SCRIPTS = os.path.join(os.path.dirname(__file__), "migrations")
 
 
@@ -102,15 +104,9 @@ async def _upgrade(url: str, target: str) -> None:
 
 def _step(connection: Connection, target: str) -> None:
     """Look at what is there, then migrate; all in the caller's transaction."""
-    _refuse_foreign(connection)
-    current = _revision_of(connection)
-    scripts = _scripts()
-    known = {script.revision for script in scripts.walk_revisions()}
-    if current is not None and current not in known:
-        raise ConfigError(
-            f"the database has schema {current}; this program knows up to {head_revision()}",
-            hint="start the newer program again, or restore the backup of before the upgrade",
-        )
+    if connection.dialect.name != "sqlite":  # of a file this was decided before it was opened
+        tables = set(inspect(connection).get_table_names())
+        _refuse_others(tables, _revision_of(connection))
     config = _config()
     config.attributes["connection"] = connection
     command.upgrade(config, target)
@@ -123,22 +119,23 @@ def _step(connection: Connection, target: str) -> None:
             )
 
 
-def _refuse_foreign(connection: Connection) -> None:
-    tables = set(inspect(connection).get_table_names())
-    if VERSION_TABLE not in tables and tables & set(Base.metadata.tables):
+def _refuse_others(tables: set[str], revision: str | None) -> None:
+    """Refuse a database that is not ours, or of a program newer than this one."""
+    if revision is None and tables - {VERSION_TABLE}:
         raise ConfigError(
-            "the database has tables of our names, but not our schema's number",
+            f"the database holds tables of something else: {', '.join(sorted(tables)[:5])}",
             hint="give the config server a database of its own",
         )
-    if VERSION_TABLE not in tables and tables and connection.dialect.name == "sqlite":
+    known = {script.revision for script in _scripts().walk_revisions()}
+    if revision is not None and revision not in known:
         raise ConfigError(
-            "the database file holds something else's tables",
-            hint="name another state_folder or database.url",
+            f"the database has schema {revision}; this program knows up to {head_revision()}",
+            hint="start the newer program again, or restore the backup of before the upgrade",
         )
 
 
 def _examine_file(path: str) -> None:
-    """Refuse a file that is damaged or no database, without a write to it."""
+    """Refuse a file that is damaged, not ours or no database, without a write to it."""
     try:
         size = os.stat(path).st_size
     except FileNotFoundError:
@@ -152,13 +149,25 @@ def _examine_file(path: str) -> None:
             f"the database {path} cannot be written to",
             hint="check owner, mode and mount options of the path",
         )
-    with _opened_for_reading(path) as database:
-        try:
+    try:
+        with _opened_for_reading(path) as database:
             told = [row[0] for row in database.execute("PRAGMA quick_check(1)")]
-        except sqlite3.DatabaseError as error:
+            if told != ["ok"]:
+                raise _damaged(path, str(told[0]))
+            tables = {row[0] for row in database.execute(_TABLES)}
+            versions = database.execute(_VERSION) if VERSION_TABLE in tables else ()
+            revision = next((row[0] for row in versions), None)
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & _PRIMARY_CODE in (
+            sqlite3.SQLITE_CORRUPT,
+            sqlite3.SQLITE_NOTADB,
+        ):
             raise _damaged(path, str(error)) from error
-    if told != ["ok"]:
-        raise _damaged(path, str(told[0]))
+        raise StorageError(
+            f"the database {path} cannot be read: {error}",
+            hint="is the disk full, or does the kernel log tell of I/O errors?",
+        ) from error
+    _refuse_others(tables, revision)
 
 
 def _damaged(path: str, told: str) -> IntegrityError:

@@ -21,7 +21,7 @@ _SQLITE: tuple[tuple[str, type[ReplicationError], str], ...] = (
     ("disk is full", StorageError, "free space on the disk of the state folder"),
     ("readonly", StorageError, "check owner, mode and mount options of the state folder"),
     ("unable to open", StorageError, "check owner, mode and mount options of the state folder"),
-    ("i/o error", StorageError, "the disk reports an I/O error: see the kernel log"),
+    ("i/o error", StorageError, "is the disk full, or does the kernel log tell of I/O errors?"),
     ("locked", UnavailableError, "another process writes to the database for long: try again"),
 )
 _SECRET = re.compile(r"://[^@/\s]*@")
