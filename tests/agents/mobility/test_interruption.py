@@ -1,0 +1,96 @@
+"""Whether tracking joins on to what is remembered."""
+
+import contextlib
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agents.mobility.device import DeviceIdentity
+from agents.mobility.interruption import find_interruption
+from agents.mobility.source import SourceDisk
+from agents.mobility.stream_state import StreamStateFile
+from agents.mobility.tracker.ebpf import EbpfTracker
+from agents.mobility.tracker.scan import ScanTracker
+from replication.block_set import BlockSet
+from replication.bookmark import DiskShape
+from replication.control.report import ResyncCause
+from tests.agents.mobility.conftest import MakeLoopDisk, OpenDevice
+
+MIB = 1 << 20
+BLOCKS = 256
+
+
+@pytest.fixture
+def source(
+    machine: uuid.UUID,
+    loop_disk: MakeLoopDisk,
+    open_device: OpenDevice,
+    opened: contextlib.ExitStack,
+) -> SourceDisk:
+    """A disk that nobody has tracked before."""
+    device = open_device(loop_disk(MIB).path)
+    tracker = EbpfTracker.attach(machine, 0, device)
+    opened.callback(tracker.close)
+    return SourceDisk(DiskShape(0, "data", MIB), device, tracker)
+
+
+def remembering(folder: Path, known: DeviceIdentity, todo: BlockSet) -> StreamStateFile:
+    state = StreamStateFile(str(folder), uuid.uuid4())
+    state.save({0: todo}, generation=1, committed=2, seeded=True, identities={0: known})
+    return state
+
+
+def test_disk_that_nobody_knows_is_no_interruption(source: SourceDisk, tmp_path: Path) -> None:
+    state = remembering(tmp_path, source.device.identity, BlockSet(BLOCKS))
+    assert find_interruption([replace(source, shape=DiskShape(1, "new", MIB))], state) is None
+
+
+def test_tracker_that_began_anew_has_lost_changes_unless_all_is_to_do(
+    source: SourceDisk, tmp_path: Path
+) -> None:
+    assert source.tracker.fresh
+    identity = source.device.identity
+    found = find_interruption([source], remembering(tmp_path, identity, BlockSet(BLOCKS)))
+    assert found is not None
+    assert (found.cause, "data" in found.reason) == (ResyncCause.TRACKING_LOST, True)
+    assert (
+        find_interruption([source], remembering(tmp_path, identity, BlockSet.full(BLOCKS))) is None
+    )
+    source.tracker.swap()
+    source.tracker.forget()
+    assert find_interruption([source], remembering(tmp_path, identity, BlockSet(BLOCKS))) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "cause"),
+    [
+        ({"size_bytes": MIB // 2}, ResyncCause.DISK_RESIZED),
+        ({"boot_id": "another"}, ResyncCause.UNCLEAN_SHUTDOWN),
+        ({"backing": "another"}, ResyncCause.DISKS_CHANGED),
+        ({"diskseq": 1 << 50}, ResyncCause.DISKS_CHANGED),
+    ],
+)
+def test_each_difference_has_its_cause(
+    before: dict[str, object], cause: ResyncCause, source: SourceDisk, tmp_path: Path
+) -> None:
+    then = replace(source.device.identity, **before)  # type: ignore[arg-type]
+    found = find_interruption([source], remembering(tmp_path, then, BlockSet(BLOCKS)))
+    assert found is not None
+    assert found.cause is cause
+
+
+def test_scan_outlives_a_reboot_as_long_as_its_digests_are_there(
+    loop_disk: MakeLoopDisk, open_device: OpenDevice, tmp_path: Path
+) -> None:
+    device = open_device(loop_disk(MIB).path)
+    tracker = ScanTracker.attach(device, str(tmp_path / "digests"))
+    disk = SourceDisk(DiskShape(0, "data", MIB), device, tracker)
+    state = remembering(tmp_path, replace(device.identity, boot_id="another"), BlockSet(BLOCKS))
+    found = find_interruption([disk], state)
+    assert found is not None
+    assert found.cause is ResyncCause.TRACKING_LOST
+    tracker.swap()
+    tracker.forget()
+    assert find_interruption([disk], state) is None
