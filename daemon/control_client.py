@@ -102,8 +102,8 @@ class ControlClient(Generic[A]):
         self._identity = load(config.identity_folder)
         if self._identity.role is not kind.role:
             raise ConfigError(
-                f"{config.identity_folder} is the identity of a {self._identity.role.value}, "
-                f"not of a {kind.role.value}",
+                f"{config.identity_folder} is an identity of the role "
+                f"{self._identity.role.value}, not {kind.role.value}",
                 hint="give each daemon an identity folder of its own",
             )
         self._assignment: A | None = self._read_assignment()
@@ -302,14 +302,20 @@ class ControlClient(Generic[A]):
                 await asyncio.sleep(min(left, RENEWAL_LOOK_SECONDS))
                 continue
             try:
-                await self._renew_now()
+                old = await self._renew_now()
             except ReplicationError as error:
                 self._trouble("renewal", error)
                 await asyncio.sleep(min(RENEWAL_RETRY_SECONDS, self._config.report_seconds * 4))
                 continue
             self._trouble("renewal", None)
+            try:
+                # The long poll that is under way ends by itself.
+                await asyncio.sleep(self._config.wait_seconds + POLL_GRACE_SECONDS)
+            finally:
+                await old.close()
 
-    async def _renew_now(self) -> None:
+    async def _renew_now(self) -> ControlCalls:
+        """Switch to a new certificate; returns the connections that show the old one."""
         folder = self._config.identity_folder
         identity = self._identity
         key = await asyncio.to_thread(pending_key, folder)
@@ -324,11 +330,7 @@ class ControlClient(Generic[A]):
         structlog.get_logger().info("certificate renewed", expires=f"{self._identity.expires:%F}")
         if self._on_renewed:
             self._on_renewed(self._identity)
-        try:
-            # The long poll that is under way ends by itself.
-            await asyncio.sleep(self._config.wait_seconds + POLL_GRACE_SECONDS)
-        finally:
-            await old.close()
+        return old
 
     async def _back_off(self, failures: int) -> None:
         """Wait longer each time, a random part of it, but not when the other loop got through."""

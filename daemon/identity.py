@@ -166,7 +166,7 @@ def choose_record(folder: str, wanted: NodeRecord) -> NodeRecord:
     found = read_record(folder)
     if found is not None and found.role is not wanted.role:
         raise ConfigError(
-            f"{folder} is the identity of a {found.role.value}, not of a {wanted.role.value}",
+            f"{folder} is an identity of the role {found.role.value}, not {wanted.role.value}",
             hint="give each daemon an identity folder of its own",
         )
     if found != wanted:
