@@ -30,6 +30,7 @@ from appliance.config_server.api.limits import Attempts
 from appliance.config_server.audit import DONE, Audit
 from appliance.config_server.caller import Caller
 from appliance.config_server.config import ConfigServerConfig
+from appliance.config_server.discovery.service import Discovery, open_discovery
 from appliance.config_server.identity.identity import Identity, open_identity
 from appliance.config_server.nodes.part import Nodes, open_nodes
 from appliance.config_server.protection.part import (
@@ -55,6 +56,7 @@ class Server:
     identity: keys, certificates, enrolment.
     nodes:    what they are told and what they said last.
     protection: policies, machines' states, durable jobs.
+    discovery: vCenters' readers.
     watching: health, RPO, events and measures.
     """
 
@@ -67,6 +69,7 @@ class Server:
     identity: Identity
     nodes: Nodes
     protection: Protection
+    discovery: Discovery
     watching: Watching
     clock: Callable[[], int] = time.time_ns
     attempts: Attempts = field(default_factory=Attempts)
@@ -99,12 +102,17 @@ async def _watch(server: Server) -> None:
     await server.watching.run()
 
 
+async def _discover(server: Server) -> None:
+    await server.discovery.run()
+
+
 async def _look_after_jobs(server: Server) -> None:
     await server.protection.look_after(server.health)
 
 
 BACKGROUND: tuple[Callable[[Server], Coroutine[None, None, None]], ...] = (
     _watch,
+    _discover,
     _look_after_jobs,
 )
 """What runs beside the API, from the start to the end of the daemon."""
@@ -140,6 +148,11 @@ async def open_server(
                 boundary=boundary,
             )
         )
+        discovery = await stack.enter_async_context(
+            open_discovery(
+                database, identity.vault, service.health, clock, instance=protection.instance
+            )
+        )
         watching = stack.enter_context(
             open_watching(
                 config.watching,
@@ -160,6 +173,7 @@ async def open_server(
             identity=identity,
             nodes=nodes,
             protection=protection,
+            discovery=discovery,
             watching=watching,
             clock=clock,
         )

@@ -15,6 +15,8 @@ from appliance.config_server.api.routes import (
     node,
     policies,
     tokens,
+    vcenters,
+    vms,
 )
 
 ROUTERS: tuple[Router, ...] = (
@@ -31,4 +33,6 @@ ROUTERS: tuple[Router, ...] = (
     health.router,
     events.router,
     components.router,
+    vcenters.router,
+    vms.router,
 )
