@@ -1,0 +1,130 @@
+"""What each role is told, as a function of rows."""
+
+import uuid
+
+import pytest
+
+from appliance.config_server.nodes.assignments import (
+    Protected,
+    for_applier,
+    for_machine,
+    for_process_server,
+)
+from appliance.config_server.protection.table import REPLICATING, State
+from appliance.config_server.protection.transition import KEPT, NO_POINTS, REMOVING
+from appliance.config_server.store.schema import Machine, Node, Policy, ProtectedDisk
+
+ID = uuid.UUID(int=1)
+NODE = Node(id=ID, role="machine", name="host", assignment_version=7)
+URL = "https://ps.example:9443"
+HOUR_NS = 3600 * 10**9
+
+
+def machine(state: State, *, points: str = KEPT, number: int = 1) -> Machine:
+    return Machine(
+        id=uuid.UUID(int=number), name="web", state=state, points=points, resync_request=3
+    )
+
+
+def policy(window: str = "22:00-06:00") -> Policy:
+    return Policy(
+        name="gold",
+        retention_seconds=7200,
+        crash_frequency_seconds=300,
+        app_frequency_seconds=3600,
+        resync_window=window,
+    )
+
+
+def disk(index: int, *, excluded: bool = False) -> ProtectedDisk:
+    return ProtectedDisk(
+        machine_id=ID,
+        index=index,
+        device_id=f"id{index}",
+        device=f"/dev/sd{index}",
+        name=f"d{index}",
+        size_bytes=512,
+        excluded=excluded,
+    )
+
+
+def test_an_enrolled_machine_that_nobody_protects_does_nothing() -> None:
+    told = for_machine(NODE, None, [], process_server_url="", now_ns=0)
+    assert (told.version, told.name, told.protected, told.replicate) == (7, "host", False, False)
+    assert told.disks == ()
+
+
+@pytest.mark.parametrize("state", State)
+def test_a_machine_replicates_in_the_states_that_say_so(state: State) -> None:
+    told = for_machine(
+        NODE, Protected(machine(state), policy()), [disk(0)], process_server_url=URL, now_ns=0
+    )
+    assert (told.protected, told.replicate) == (state in REPLICATING,) * 2
+    assert bool(told.disks) == (state in REPLICATING)
+
+
+def test_disks_are_told_in_order_without_the_excluded() -> None:
+    told = for_machine(
+        NODE,
+        Protected(machine(State.PROTECTED), policy()),
+        [disk(4), disk(2, excluded=True), disk(0)],
+        process_server_url=URL,
+        now_ns=0,
+    )
+    assert [each.index for each in told.disks] == [0, 4]
+    assert told.process_server == URL
+    assert told.app_interval_seconds == 3600
+
+
+def test_without_an_address_to_send_to_a_machine_keeps_its_protection() -> None:
+    told = for_machine(
+        NODE,
+        Protected(machine(State.PROTECTED), policy()),
+        [disk(0)],
+        process_server_url="",
+        now_ns=0,
+    )
+    assert (told.protected, told.replicate) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("window", "hour", "allowed"),
+    [("22:00-06:00", 23, True), ("22:00-06:00", 12, False), ("always", 12, True)],
+)
+def test_a_resync_is_allowed_while_the_window_is_open(
+    window: str, hour: int, allowed: bool
+) -> None:
+    told = for_machine(
+        NODE,
+        Protected(machine(State.RESYNC_REQUIRED), policy(window)),
+        [],
+        process_server_url=URL,
+        now_ns=hour * HOUR_NS,
+    )
+    assert (told.resync.request, told.resync.allowed) == (3, allowed)
+
+
+def test_a_process_server_takes_streams_until_protection_has_ended() -> None:
+    machines = [machine(state, number=number) for number, state in enumerate(State, 1)]
+    told = for_process_server(NODE, machines, ["abc"])
+    left_out = {each.id for each in machines} - set(told.machines)
+    assert left_out == {each.id for each in machines if each.state == State.UNPROTECTED}
+    assert told.revoked == ("abc",)
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("points", [KEPT, REMOVING, NO_POINTS])
+def test_points_go_only_when_that_was_asked_for(state: State, points: str) -> None:
+    told = for_applier(NODE, [Protected(machine(state, points=points), policy())])
+    assert (told.removed == (ID,)) == (points == REMOVING)
+    assert not set(told.removed) & {each.id for each in told.machines}
+    if points == KEPT:
+        assert [each.id for each in told.machines] == [ID]
+        live = state != State.UNPROTECTED
+        assert (told.machines[0].apply, told.machines[0].keep) == (live, live)
+        assert told.machines[0].retention_seconds == 7200
+
+
+def test_points_without_a_policy_stay_as_they_are() -> None:
+    told = for_applier(NODE, [Protected(machine(State.UNPROTECTED), None)])
+    assert (told.machines[0].apply, told.machines[0].keep) == (False, False)
