@@ -83,8 +83,8 @@ class SumsPublisher:
 
     @property
     def basis(self) -> bytes:
-        """The basis whose sums are in the cache; NO_BASIS while there are none."""
-        publication = self._publication
+        """The basis whose sums, of the head's state, are in the cache; NO_BASIS without any."""
+        publication = self._current()
         return publication.begun.basis if publication and publication.whole else NO_BASIS
 
     @property

@@ -1,8 +1,14 @@
 """A machine whose changes do not join on is compared, and what differs is sent: nothing else."""
 
+import datetime as dt
 import json
 import os
+import random
+import subprocess
+import sys
+import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +16,12 @@ import pytest
 from agents.mobility.leave import leave_order
 from agents.mobility.stream_state import StreamStateFile
 from agents.mobility.tracker.pins import remove_machine
+from appliance.applier.store import RottenBlockError
 from replication.block_set import BLOCK_BYTES
 from replication.bookmark import Consistency
 from tests.e2e.counting_proxy import counting
-from tests.e2e.disk import Disk
+from tests.e2e.disk import Disk, run
+from tests.e2e.part import ROOT
 from tests.e2e.rig import Rig
 
 _MIB = 1 << 20
@@ -80,6 +88,141 @@ def test_an_order_on_an_unchanged_disk_moves_its_sums_alone(rig: Rig, disk: Disk
         rig.assert_newest_equals_source()
         rig.wait_until("the sums to go", lambda: not _sums_in_cache(rig))
         rig.agent.stop()
+
+
+def test_a_disk_that_grew_sends_what_it_grew_by(running: Rig, disk: Disk) -> None:
+    rig = running
+    rig.agent.stop()
+    with disk.image.open("r+b") as image:
+        image.truncate(DISK_BYTES + 6 * _MIB + 512)
+    run("losetup", "-c", disk.device)
+    _write(disk, DISK_BYTES + _MIB, os.urandom(2 * _MIB))
+    rig.agent.start()
+    _await_generation(rig, 2)
+    point = rig.assert_newest_equals_source()
+    assert point.disks[0].size_bytes == DISK_BYTES + 6 * _MIB + 512
+    assert rig.agent_status()["sent_bytes"] < 3 * _MIB
+    assert "cause=disk-resized" in rig.agent.log.read_text()
+
+
+def test_lost_tracking_is_noticed_and_compared(running: Rig, disk: Disk) -> None:
+    rig = running
+    rig.agent.stop()
+    remove_machine(rig.machine)
+    _write(disk, 33 * _MIB + 4096, os.urandom(BLOCK_BYTES))
+    _write(disk, 0, bytes(4 * _MIB))  # zeros now
+    rig.agent.start()
+    _await_generation(rig, 2)
+    rig.assert_newest_equals_source()
+    assert rig.agent_status()["sent_bytes"] < 3 * CHUNK_BYTES
+    assert "cause=tracking-lost" in rig.agent.log.read_text()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_byte_that_rots_and_is_found_by_verify_is_sent_again(
+    running: Rig, disk: Disk, *, ordered: bool
+) -> None:
+    rig = running
+    block = 2345
+    with rig.reader().open_view(rig.points()[-1].position, 0) as view:
+        file, offset = view._place(block)
+    rig.applier.stop()
+    _flip(rig.store / "machines" / str(rig.machine) / file, offset + 77)
+    found = subprocess.run(
+        [
+            *(sys.executable, "-m", "appliance.cli", "verify", str(rig.machine)),
+            *("--store", str(rig.store)),
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert found.returncode == 6, found.stderr
+    assert f"block {block}" in found.stderr
+    if ordered:
+        _order(rig)
+        rig.wait_until("the order", lambda: rig.agent_status().get("cause") == "operator")
+    rig.applier.start()
+    if ordered:
+        _await_generation(rig, 2)
+    rig.wait_until("the block", lambda: _newest_reads(rig, disk, block))
+    rig.assert_newest_equals_source()
+    assert not json.loads((rig.store / "machines" / str(rig.machine) / "repair.json").read_text())[
+        "runs"
+    ]
+
+
+def test_nothing_is_sent_before_leave_is_given(rig: Rig, disk: Disk) -> None:
+    now = dt.datetime.now().astimezone()
+    shut = [(now + dt.timedelta(hours=hours)).strftime("%H:%M") for hours in (2, 3)]
+    rig.settings["agent"]["resync"] = f"window {shut[0]}-{shut[1]}"
+    rig.start()
+    rig.wait_for_point()
+    rig.assert_newest_equals_source()
+    rig.agent.stop()
+    remove_machine(rig.machine)
+    _write(disk, 7 * _MIB, os.urandom(BLOCK_BYTES))
+    rig.agent.start()
+    rig.wait_until("the need", lambda: rig.agent_status().get("phase") == "resync required")
+    newest = rig.positions()[-1].bookmark.stamp
+    _write(disk, 9 * _MIB, os.urandom(BLOCK_BYTES))
+    time.sleep(3)
+    assert rig.agent_status()["cause"] == "tracking-lost"
+    assert rig.agent_status()["sent_bytes"] == 0
+    assert rig.positions()[-1].bookmark.stamp == newest
+    assert "a resync is required" in str(rig.agent.health())
+    rig.agent.restart()
+    rig.wait_until("the need", lambda: rig.agent_status().get("phase") == "resync required")
+    _order(rig)
+    _await_generation(rig, 2)
+    rig.assert_newest_equals_source()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_whoever_is_killed_while_a_resync_is_under_way(rig: Rig, disk: Disk, seed: int) -> None:
+    chance = random.Random(seed)
+    # Slow enough that kills find it comparing.
+    rig.settings["agent"]["capture"]["compare_share_max"] = 0.05
+    rig.start()
+    rig.wait_for_point()
+    rig.assert_newest_equals_source()
+    rig.agent.stop()
+    _reboot(rig)
+    for _ in range(20):
+        place = chance.randrange(DISK_BYTES // BLOCK_BYTES)
+        _write(disk, place * BLOCK_BYTES, os.urandom(BLOCK_BYTES))
+    rig.agent.start()
+    victims = [rig.agent, rig.applier, rig.azure, rig.agent, rig.process_server, rig.applier]
+    chance.shuffle(victims)
+    for victim in victims:
+        time.sleep(chance.uniform(0.0, 1.2))
+        place = chance.randrange(DISK_BYTES // BLOCK_BYTES)
+        _write(disk, place * BLOCK_BYTES, os.urandom(BLOCK_BYTES))
+        rig.kill(victim)
+        time.sleep(chance.uniform(0.0, 0.5))
+        victim.start()
+    _await_generation(rig, 2)
+    rig.assert_newest_equals_source()
+
+
+def _flip(path: Path, offset: int) -> None:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        byte = os.pread(fd, 1, offset)[0]
+        os.pwrite(fd, bytes([byte ^ 0x10]), offset)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _newest_reads(rig: Rig, disk: Disk, block: int) -> bool:
+    with rig.reader().open_view(rig.points()[-1].position, disk.index) as view:
+        try:
+            view.read(block * BLOCK_BYTES, BLOCK_BYTES)
+        except RottenBlockError:
+            return False
+    return True
 
 
 def _order(rig: Rig) -> None:

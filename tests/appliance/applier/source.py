@@ -15,7 +15,7 @@ from replication.checksum import CHUNK_BLOCKS, CHUNK_BYTES, block_digests, chunk
 from replication.envelope import AttemptSealer
 from replication.extent import Extent
 from replication.frame import PLAIN_BYTES_MAX
-from replication.manifest import AuditDigest, Manifest, SegmentEntry
+from replication.manifest import NO_BASIS, AuditDigest, Manifest, SegmentEntry
 
 TIME_NS = 1_700_000_000_000_000_000
 STEP_NS = 300_000_000_000
@@ -68,6 +68,7 @@ class Source:
     segment_bytes: int = 256 << 10
     dirty: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
     count: int = 0
+    basis: bytes = NO_BASIS
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -155,10 +156,39 @@ class Source:
             captured_ns=TIME_NS,
             repaired=repaired,
             initial=initial,
+            basis=self.basis,
             audit=tuple(self.audit_digest(*chunk) for chunk in self._sample(audit)),
         )
         images = {disk: bytes(image) for disk, image in self.disks.items()}
         return Changeset(manifest, manifest.seal(sealer), tuple(segments), images)
+
+    def resync(self) -> Changeset:
+        """Begin a generation with the changeset that closes the one before."""
+        self.generation += 1
+        self.number = 1
+        self.count += 1
+        self.dirty.clear()
+        self._pending.clear()
+        self.dirty[1] = set()
+        self.basis = NO_BASIS
+        stamp = Stamp(self.generation, 1)
+        sealer = AttemptSealer(self.data_key, self.machine, stamp)
+        manifest = Manifest(
+            machine=self.machine,
+            bookmark=Bookmark(stamp, TIME_NS + self.count * STEP_NS, Consistency.NONE, "a resync"),
+            since=0,
+            attempt=sealer.attempt,
+            disks=tuple(
+                DiskShape(disk, f"disk{disk}", len(image))
+                for disk, image in sorted(self.disks.items())
+            ),
+            segments=(),
+            changed_bytes=0,
+            captured_ns=TIME_NS,
+            initial=True,
+            resync=True,
+        )
+        return Changeset(manifest, manifest.seal(sealer), (), {})
 
     def again(self, changeset: Changeset) -> Changeset:
         """Another attempt at the newest changeset, as after an agent's crash."""
