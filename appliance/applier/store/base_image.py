@@ -22,9 +22,9 @@ from replication.checksum import DIGEST_BYTES
 from replication.errors import IntegrityError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    from appliance.applier.store.model import Point
+    from appliance.applier.store.base_record import BaseRecord
 
 NAMES = ("base.img", "base.digest")
 
@@ -39,27 +39,54 @@ def base_folder(machine_folder: str, disk: int) -> str:
     return os.path.join(machine_folder, "disks", str(disk))
 
 
-def check_bases(machine_folder: str, base: Point | None) -> None:
-    """Raise IntegrityError when a disk of the base's point lacks its files.
+def check_bases(machine_folder: str, record: BaseRecord | None) -> None:
+    """Raise IntegrityError when a disk of the base's point lacks a file, or a part of one.
 
-    Missing ones would look like a disk of zeros, and the next fold would make them anew.
+    What is missing would look like zeros, and the next fold would make it anew.
     """
-    for shape in base.disks if base is not None else ():
-        check_base(machine_folder, base, shape.index)
+    if record is not None and record.point is not None:
+        for shape in record.point.disks:
+            check_base(machine_folder, record, shape.index)
 
 
-def check_base(machine_folder: str, base: Point | None, disk: int) -> None:
+def check_base(machine_folder: str, record: BaseRecord | None, disk: int) -> None:
     """As ``check_bases``, for one disk."""
-    if base is None or all(shape.index != disk for shape in base.disks):
+    if record is None or record.point is None:
         return
-    for name in NAMES:
-        path = os.path.join(base_folder(machine_folder, disk), name)
-        if not os.path.exists(path):
-            raise IntegrityError(
-                f"{path} is missing, which the base at position {base.position} needs",
-                hint="put it back. If that cannot be, and the other of the two is there, make an "
-                "empty one: its blocks are refused then, and the source is asked for them",
-            )
+    if all(shape.index != disk for shape in record.point.disks):
+        return
+    paths = [os.path.join(base_folder(machine_folder, disk), name) for name in NAMES]
+    sizes = record.sizes.get(disk, (0, 0))
+    found = [_size_of(path, size) for path, size in zip(paths, sizes, strict=True)]
+    # Where one alone is cut, the other one refuses each block that is lost, and it is repaired.
+    if all(has < had for has, had in zip(found, sizes, strict=True)):
+        raise IntegrityError(
+            f"{paths[0]} and {NAMES[1]} have {found[0]} and {found[1]} bytes, and had {sizes[0]} "
+            f"and {sizes[1]} at the newest fold",
+            hint="put them back, or move the machine's folder away: a resync brings it anew",
+        )
+
+
+def _size_of(path: str, size_bytes: int) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError as error:
+        raise IntegrityError(
+            f"{path} is missing, which the base needs",
+            hint="put it back. If that cannot be, and the other of the two is whole, make a hole: "
+            f"truncate -s {size_bytes} {path}; its blocks are refused then, and the source is "
+            "asked for them",
+        ) from error
+
+
+def base_sizes(machine_folder: str, disks: Iterable[int]) -> dict[int, tuple[int, int]]:
+    """What ``BaseRecord.sizes`` says after a fold."""
+    found = {}
+    for disk in disks:
+        paths = [os.path.join(base_folder(machine_folder, disk), name) for name in NAMES]
+        image, digests = (os.stat(path).st_size for path in paths)
+        found[disk] = (image, digests)
+    return found
 
 
 class BaseImage:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -21,6 +21,9 @@ from appliance.applier.store.model import Point
 from daemon.durable import storage_error, write_whole
 from replication.bookmark import Bookmark, Consistency, Stamp
 from replication.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 NAME = "base.json"
 
@@ -31,12 +34,15 @@ class BaseRecord:
 
     point:      the base's own position; None before anything was folded (position 0).
     folding_to: a fold to this position has begun to write into the base; None when none has.
+    sizes:      bytes of each disk's image and digests after the newest fold that has ended. They
+                never shrink: a file that is shorter has lost what would look like zeros.
     """
 
     machine: uuid.UUID
     name: str
     point: Point | None
     folding_to: int | None
+    sizes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def position(self) -> int:
@@ -54,6 +60,7 @@ class BaseRecord:
             "name": self.name,
             "folding_to": self.folding_to,
             "point": _point_to_json(self.point) if self.point else None,
+            "sizes": {str(disk): list(sizes) for disk, sizes in sorted(self.sizes.items())},
         }
         body = json.dumps(tree, sort_keys=True).encode() + b"\n"
         digest = xxhash.xxh3_128_hexdigest(body).encode() + b"\n"
@@ -79,6 +86,10 @@ class BaseRecord:
                 name=tree["name"],
                 point=_point_from_json(tree["point"]) if tree["point"] else None,
                 folding_to=tree["folding_to"],
+                sizes={
+                    int(disk): (int(image), int(digests))
+                    for disk, (image, digests) in tree.get("sizes", {}).items()
+                },
             )
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"{path} is not as specified: {error}") from error

@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-from appliance.applier.store.base_image import NAMES, check_bases
+from appliance.applier.store.base_image import NAMES, check_base, check_bases
 from appliance.applier.store.base_record import BaseRecord
 from appliance.applier.store.extents import overlay
 from appliance.applier.store.healing import heal
@@ -254,8 +254,7 @@ class MachineStore:
             self._catalogue.intend_fold(row.last)
             try:
                 self._check_pins(row.last)
-                chain = self.chain()
-                check_bases(self.folder, chain.point(chain.base_position))
+                check_bases(self.folder, BaseRecord.read(self.folder))
                 with self._open_layer(row) as layer:
                     layer.check_whole()  # nothing is begun that cannot be finished
             except BaseException:
@@ -314,12 +313,15 @@ class MachineStore:
     def _unusable_files(self, position: int) -> list[Damage]:
         damages = []
         chain = self.chain()
-        base = chain.point(chain.base_position)
+        record = BaseRecord.read(self.folder)
+        base = record.point if record is not None else None
         for shape in base.disks if base is not None else ():
-            for name in NAMES:
-                file = f"disks/{shape.index}/{name}"
-                if not os.path.exists(os.path.join(self.folder, file)):
-                    damages.append(Damage(-1, -1, file, 0, b"", time.time_ns()))
+            try:
+                check_base(self.folder, record, shape.index)
+            except IntegrityError:
+                files = [f"disks/{shape.index}/{name}" for name in NAMES]
+                gone = [f for f in files if not os.path.exists(os.path.join(self.folder, f))]
+                damages += [Damage(-1, -1, file, 0, b"", time.time_ns()) for file in gone or files]
         for row in chain.layers:
             try:
                 if row.last <= position:

@@ -144,7 +144,7 @@ class ReaderStore:
                 f"moved on to {record.reach}, of which the catalogue does not know",
                 hint=f"the catalogue is an older one: {REBUILD_HINT}",
             )
-        check_base(self.folder, record.point if record is not None else None, disk)
+        check_base(self.folder, record, disk)
         opened: list[Layer] = []
         base = BaseImage.open(base_folder(self.folder, disk))
         try:

@@ -10,7 +10,7 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from appliance.applier.store.base_image import check_bases
+from appliance.applier.store.base_image import base_sizes, check_bases
 from appliance.applier.store.base_record import BaseRecord
 from appliance.applier.store.catalogue import REBUILD_HINT, Catalogue, Chain
 from appliance.applier.store.fold import fold_layer
@@ -123,16 +123,19 @@ def finish_fold(folder: str, catalogue: Catalogue, row: LayerRow) -> None:
     point = chain.point(row.last)
     assert point is not None
     assert row.first == chain.base_position + 1
-    check_bases(folder, base)
+    record = BaseRecord.read(folder)
+    check_bases(folder, record)
+    sizes = record.sizes if record is not None else {}
     path = os.path.join(folder, row.file)
     try:
         layer = Layer.open(path)
     except FileNotFoundError as error:
         raise IntegrityError(f"the store lacks {path}", hint="resync the machine") from error
     with layer:
-        BaseRecord(chain.machine, chain.name, base, row.last).write(folder)
+        BaseRecord(chain.machine, chain.name, base, row.last, sizes).write(folder)
         damages = fold_layer(layer, folder)
-    BaseRecord(chain.machine, chain.name, point, None).write(folder)
+        sizes = base_sizes(folder, (shape.index for shape in layer.header.disks))
+    BaseRecord(chain.machine, chain.name, point, None, sizes).write(folder)
     catalogue.folded(row, damages)
     _unlink(path)
 

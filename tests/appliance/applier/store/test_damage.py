@@ -140,6 +140,32 @@ def test_a_lost_file_of_the_base_is_refused_and_never_made_anew(
         assert_equals_images(store, machine)
 
 
+@pytest.mark.parametrize("left_bytes", [0, 64])
+def test_a_base_whose_two_files_are_cut_is_refused_and_not_zeros(
+    machine: RecordedMachine, left_bytes: int
+) -> None:
+    with machine.open() as store:
+        store.fold_to(4)
+        paths = [Path(store.folder, "disks/0", name) for name in ("base.img", "base.digest")]
+        whole = [path.read_bytes() for path in paths]
+        for path in paths:
+            os.truncate(path, left_bytes)
+        with pytest.raises(IntegrityError, match="at the newest fold"):
+            store.open_view(5, 0)
+        with pytest.raises(IntegrityError, match="at the newest fold"):
+            store.fold_to(5)
+        assert {damage.file for damage in store.verify()} == {
+            "disks/0/base.img",
+            "disks/0/base.digest",
+        }
+        for path, content in zip(paths, whole, strict=True):
+            path.write_bytes(content)
+        store.fold_to(5)
+        assert_equals_images(store, machine)
+    with machine.open() as store:
+        assert_equals_images(store, machine)
+
+
 @pytest.mark.parametrize("name", ["base.img", "base.digest"])
 def test_the_scrub_finds_every_block_of_a_base_file_that_is_empty(
     machine: RecordedMachine, name: str
