@@ -25,10 +25,11 @@ from appliance.config_server.protection import requests
 from appliance.config_server.protection.jobs import JobKind
 from appliance.config_server.store.schema import Job, Machine, Node, ProtectedDisk
 from daemon.log import configure_log
-from tests.appliance.config_server.protection.stage import Stage, open_stage
+from tests.appliance.config_server.protection.stage import WAIT_SECONDS, Stage, open_stage
 
 CHILDREN_MAX = 4
 NEVER = 0
+LAST = "kept the end"
 
 ASK: dict[JobKind, tuple[str, dict[str, Any]]] = {
     JobKind.PROTECT: ("protect", {"policy": "gold"}),
@@ -104,7 +105,11 @@ async def begin(place: Place, kind: JobKind, trap: Trap) -> dict[str, Any]:
         async with stage.asking() as asking:
             job = await getattr(requests, name)(asking, "web-1", **options)
         await stage.protection.begin(job.id)
-        return {**await outcome(stage, kind), "boundaries": trap.seen}
+        told = await outcome(stage, kind)
+        async with asyncio.timeout(WAIT_SECONDS):
+            while trap.seen[-1] != LAST:  # noqa: ASYNC110 - the trap has no loop to tell
+                await asyncio.sleep(0.01)
+        return {**told, "boundaries": trap.seen}
 
 
 async def go_on(place: Place, kind: JobKind) -> dict[str, Any]:
@@ -199,4 +204,8 @@ if __name__ == "__main__":
     arguments.add_argument("--server")
     arguments.add_argument("--kind", type=JobKind, action="append")
     given = arguments.parse_args()
+    warm_up = Place(given.folder / "warm-up", None)
+    warm_up.make()
+    # What every child would do anew is done once: imports, and the mapping of tables to classes.
+    asyncio.run(prepare(warm_up, JobKind.RESYNC))
     asyncio.run(main(given.folder, given.server, given.kind or list(JobKind)))
