@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import typing
 from pathlib import Path
@@ -21,6 +22,7 @@ from azure_emu.config import Config as AzureConfig
 from azure_emu.config import Storage
 from daemon.service import UNEXPECTED_EXIT_CODE
 from replication.errors import ReplicationError
+from vsphere_emu.config import Config as VsphereConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +44,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "process-server.toml": ProcessServerConfig,
     "applier.toml": ApplierConfig,
     "azure-emu.toml": AzureConfig,
+    "vsphere-emu.toml": VsphereConfig,
 }
 
 
@@ -60,20 +63,19 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[1:]]
 
 
-def model_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, also in a tuple or as an option."""
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold, also in a tuple or as an option."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = (model_in(inner) for inner in typing.get_args(annotation))
-    return next((model for model in found if model), None)
+        return [annotation]
+    return [model for inner in typing.get_args(annotation) for model in models_in(inner)]
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
-        inner = model_in(field.annotation)
-        if inner:
-            yield from keys_of(inner, f"{prefix}{name}.")
-        else:
+        inner = models_in(field.annotation)
+        for one in inner:
+            yield from keys_of(one, f"{prefix}{name}.")
+        if not inner:
             yield f"{prefix}{name}", field
 
 
@@ -89,6 +91,8 @@ def default_of(field: FieldInfo) -> str:
             return f'`"{text}"`'
         case ():
             return "`[]`"
+        case tuple(values):
+            return f"`{json.dumps(values)}`"
         case number:
             return f"`{number:.15g}`"
 
