@@ -19,7 +19,10 @@ REVOKED_COUNT_MAX = 65536
 
 
 class AssignedDisk(Message):
-    """A disk to replicate: its number in the stream, where it is, how large it was when chosen."""
+    """A disk to replicate: its number in the stream, and how large it was when chosen.
+
+    device: the name that the agent reported as its id, which it finds at whatever path.
+    """
 
     index: Annotated[int, Field(ge=0)]
     device: str

@@ -56,7 +56,11 @@ def for_machine(
         process_server=process_server_url,
         disks=tuple(
             AssignedDisk(
-                index=disk.index, device=disk.device, name=disk.name, size_bytes=disk.size_bytes
+                # Its lasting name: the path is another one after a restart, perhaps.
+                index=disk.index,
+                device=disk.device_id,
+                name=disk.name,
+                size_bytes=disk.size_bytes,
             )
             for disk in sorted(disks, key=lambda disk: disk.index)
             if not disk.excluded

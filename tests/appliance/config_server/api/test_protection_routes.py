@@ -120,7 +120,7 @@ async def test_a_machine_is_protected_watched_and_unprotected(
     assert [disk["protected"] for disk in found["disks"]] == [True, True]
     told = fleet.assignments["web-1"]
     assert told["process_server"] == "https://ps-1:9443"
-    assert [disk["device"] for disk in told["disks"]] == ["/dev/sda", "/dev/sdb"]
+    assert [disk["device"] for disk in told["disks"]] == ["wwn-0", "wwn-1"]
     assert str(fleet.peers["web-1"].node) in fleet.assignments["ps-1"]["machines"]
     assert (await boss.get("machines", params={"unprotected": True})).json()["items"] == []
 

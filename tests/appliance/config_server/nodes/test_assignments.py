@@ -72,6 +72,7 @@ def test_disks_are_told_in_order_without_the_excluded() -> None:
         now_ns=0,
     )
     assert [each.index for each in told.disks] == [0, 4]
+    assert [each.device for each in told.disks] == ["id0", "id4"]  # names that outlast a restart
     assert told.process_server == URL
     assert told.app_interval_seconds == 3600
 
