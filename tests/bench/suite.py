@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from tests.bench import applying, churn, memory, pause, reading, stream, tracking
+from tests.bench import applying, churn, discovery, memory, pause, reading, stream, tracking
 from tests.bench.figure import Row
 from tests.bench.place import Place
 
@@ -18,4 +18,5 @@ BENCHMARKS: Mapping[str, Callable[[Place], list[Row]]] = {
     "reading": reading.measure_reading,
     "views": reading.measure_views,
     "merging": reading.measure_merging,
+    "discovery": discovery.measure,
 }

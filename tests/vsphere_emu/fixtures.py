@@ -18,6 +18,9 @@ import pytest
 from pyVmomi import SoapAdapter, vim, vmodl
 
 from tests.azure_emu.fixtures import await_closed, free_ports
+from vsphere_emu.config import Config
+from vsphere_emu.datastore import Datastore
+from vsphere_emu.guest import Guest, GuestStatus
 
 START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 20.0
@@ -127,8 +130,17 @@ class VCenterProcess:
     def remove(self) -> None:
         """Leave nothing behind."""
         self.kill()
-        done = self.command("remove", "--delete-disks")
-        assert done.returncode == 0, done.stderr
+        for guest in self._guests():
+            guest.remove_all_traces(delete_disks=True)
+
+    def status(self, name: str) -> GuestStatus:
+        """A guest as the kernel knows it."""
+        return next(one for one in self._guests() if one.config.name == name).status()
+
+    def _guests(self) -> list[Guest]:
+        config = Config.load(str(self.config), {})
+        datastore = Datastore(config.datastore.name, config.datastore.folder)
+        return [Guest(guest, datastore, config.root_folder) for guest in config.guests]
 
     def client(self) -> "Client":
         return Client(self)

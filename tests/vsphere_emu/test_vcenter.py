@@ -1,16 +1,15 @@
-import json
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 from ssl import create_default_context
-from typing import Any
 
 import pytest
 from pyVmomi import vim
 
 from tests.vsphere_emu.fixtures import MIB, MakeVCenter, VCenterProcess, small_guest
 from vsphere_emu import block_device
+from vsphere_emu.guest import GuestStatus
 
 WEB = {
     "name": "web-01",
@@ -24,12 +23,12 @@ WEB = {
 FOLLOW_SECONDS_MAX = 15.0
 
 
-def await_power(vcenter: VCenterProcess, name: str, *, on: bool) -> dict[str, Any]:
+def await_power(vcenter: VCenterProcess, name: str, *, on: bool) -> GuestStatus:
     deadline = time.monotonic() + FOLLOW_SECONDS_MAX
     while time.monotonic() < deadline:
-        (guest,) = json.loads(vcenter.command("--json", "status", name).stdout)["guests"]
-        if guest["is_powered_on"] == on and bool(guest["workload_pid"]) == on:
-            return dict(guest)
+        guest = vcenter.status(name)
+        if guest.is_powered_on == on and (guest.workload_pid is not None) == on:
+            return guest
         time.sleep(0.1)
     raise AssertionError(f"{name} did not follow: {vcenter.log.read_text()}")
 
@@ -59,8 +58,8 @@ def test_power_of_a_vm_starts_and_stops_its_guest(make_vcenter: MakeVCenter) -> 
     vm = client.vm("web-01")
     client.finish(vm.PowerOnVM_Task())
     guest = await_power(vcenter, "web-01", on=True)
-    (disk,) = guest["disks"]
-    assert block_device.mounted_at(disk["mount"]) is not None
+    (disk,) = guest.disks
+    assert disk.mount is not None
     told = client.properties(vm, "guest.ipAddress", "guest.hostName", "guest.toolsRunningStatus")
     assert told == {
         "guest.ipAddress": "192.0.2.7",
@@ -68,7 +67,7 @@ def test_power_of_a_vm_starts_and_stops_its_guest(make_vcenter: MakeVCenter) -> 
         "guest.toolsRunningStatus": "guestToolsRunning",
     }
     client.finish(vm.PowerOffVM_Task())
-    guest = await_power(vcenter, "web-01", on=False)
+    await_power(vcenter, "web-01", on=False)
     assert block_device.loops_of(str(vcenter.folder / "store/web-01/root-flat.vmdk")) == ()
     assert not client.properties(vm, "guest.ipAddress").get("guest.ipAddress")
 

@@ -102,7 +102,7 @@ async def list_vcenters(server: ServerOf, paging: PagingOf, _: Reader) -> Page[V
             )
             .group_by(VirtualMachine.vcenter_id)
         )
-        counts = dict(counted.tuples().all())
+        counts = {row[0]: row[1] for row in counted}
     return Page(items=[_document(row, counts.get(row.id, 0)) for row in rows], next=following)
 
 

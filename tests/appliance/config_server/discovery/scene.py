@@ -21,7 +21,15 @@ class Scene:
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
+        self._running = asyncio.create_task(rig.server.discovery.run())
         self.operator = rig.operator()
+
+    async def stop(self) -> None:
+        """End discovery as a config server that ends does."""
+        self._running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._running
+        await self.rig.server.discovery.close()
 
     async def add(self, vcenter: VCenterProcess, **changes: Any) -> httpx.Response:
         body = {
@@ -79,12 +87,9 @@ class Scene:
 async def discovering(folder: Path, **config: Any) -> AsyncIterator[Scene]:
     """A config server whose discovery runs."""
     async with open_rig(folder, **config) as rig:
-        running = asyncio.create_task(rig.server.discovery.run())
+        scene = Scene(rig)
         try:
-            scene = Scene(rig)
             async with scene.operator:
                 yield scene
         finally:
-            running.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await running
+            await scene.stop()

@@ -281,7 +281,7 @@ async def test_one_of_two_config_servers_reads(make_vcenter: MakeVCenter, tmp_pa
             try:
                 await asyncio.sleep(0.5)
                 assert other._readers == {}
-                await server.discovery.close()  # as a config server that ends does
+                await scene.stop()
                 await scene.until("the other one reads", bool, lambda: _holder(scene, "other"))
                 client = await in_thread(east.client)
                 vm = await in_thread(client.vm, "web-01")
