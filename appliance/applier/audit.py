@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from appliance.applier.store.machine_store import MachineStore
+from appliance.applier.store.model import Damage, RottenBlockError
 from appliance.applier.store.view import View
 from replication.block_set import BLOCK_BYTES
 from replication.bookmark import DiskShape
@@ -29,11 +30,13 @@ class Finding:
 
     code: ``rotten`` (bytes at rest are not what their digest says) or ``differs`` (they are, and
           the source had others).
+    damage: the place that has rotted, where it is one block's.
     """
 
     code: str
     run: RepairRun
     message: str
+    damage: Damage | None = None
 
 
 def audit_chunks(
@@ -91,7 +94,9 @@ def find_rotten(view: View, block: int, count: int) -> list[Finding]:
                 try:
                     read_blocks(view, at, 1)
                 except IntegrityError as error:
-                    findings.append(Finding("rotten", RepairRun(view.disk, at, 1), str(error)))
+                    damage = error.damage if isinstance(error, RottenBlockError) else None
+                    run = RepairRun(view.disk, at, 1)
+                    findings.append(Finding("rotten", run, str(error), damage))
     return findings
 
 

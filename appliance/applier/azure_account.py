@@ -21,9 +21,12 @@ from azure.storage.queue.aio import QueueClient
 
 from appliance.applier.cache_account import (
     API_VERSION_DEFAULT,
+    BLOBS_LISTED_MAX,
+    CONTAINERS_LISTED_MAX,
     LEASE_SECONDS,
     WAKE_COUNT_MAX,
     CacheBlob,
+    refuse_endless,
 )
 from replication.cache_layout import CONTROL_CONTAINER, WAKE_QUEUE
 from replication.errors import ConfigError, ReplicationError, StorageError, UnavailableError
@@ -74,16 +77,20 @@ class AzureAccount:
 
     async def containers(self, prefix: str) -> list[str]:
         with _told(f"list the containers {prefix}*"):
-            return sorted([item.name async for item in self._blobs.list_containers(prefix)])
+            names: list[str] = []
+            async for item in self._blobs.list_containers(prefix):
+                names.append(item.name)
+                refuse_endless(f"containers {prefix}*", len(names), CONTAINERS_LISTED_MAX)
+            return sorted(names)
 
     async def blobs(self, container: str, prefix: str) -> list[CacheBlob]:
         client = self._blobs.get_container_client(container)
         with _told(f"list {container}/{prefix}*"):
             try:
-                found = [
-                    CacheBlob(item.name, item.size or 0, str(item.etag))
-                    async for item in client.list_blobs(name_starts_with=prefix)
-                ]
+                found: list[CacheBlob] = []
+                async for item in client.list_blobs(name_starts_with=prefix):
+                    found.append(CacheBlob(item.name, item.size or 0, str(item.etag)))
+                    refuse_endless(f"blobs {container}/{prefix}*", len(found), BLOBS_LISTED_MAX)
             except ResourceNotFoundError:
                 return []
         return sorted(found, key=lambda blob: blob.name)

@@ -12,6 +12,8 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Protocol
 
+from replication.errors import StorageError
+
 API_VERSION_DEFAULT = "2026-06-06"
 """Of the Azure storage services: the newest that Azurite knows."""
 
@@ -20,6 +22,12 @@ LEASE_SECONDS = 60
 
 WAKE_COUNT_MAX = 32
 """Messages taken from the queue at once."""
+
+CONTAINERS_LISTED_MAX = 100_000
+"""Of one machine: more than six million changesets."""
+
+BLOBS_LISTED_MAX = 100_000
+"""Below one prefix; a changeset has 8192 segments at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,15 @@ class CacheBlob:
     name: str
     size_bytes: int
     version: str
+
+
+def refuse_endless(what: str, count: int, count_max: int) -> None:
+    """Raise StorageError for a listing that is longer than what anybody of us makes."""
+    if count > count_max:
+        raise StorageError(
+            f"there are more than {count_max} {what} in the cache storage account",
+            hint="they are not Understudy's: see who else writes there",
+        )
 
 
 class CacheAccount(Protocol):

@@ -81,6 +81,8 @@ class ApplierConfig(DaemonConfig):
     wake_seconds: between two looks into the queue.
     reask_seconds: first wait before a missing blob is tried again; doubles from time to time.
     gap_seconds_max: how long missing blobs are asked for before the stream is called lost.
+    disk_bytes_max: of a disk that a machine declares; one with a larger disk is not applied.
+    machine_space_bytes_max: that a machine's store may take before nothing more is applied.
     scrub_bytes_per_second: of the newest point, re-read against its digests; 0: never.
     """
 
@@ -98,6 +100,8 @@ class ApplierConfig(DaemonConfig):
     reask_seconds: Positive = 10.0
     gap_seconds_max: Positive = 900.0
     scrub_bytes_per_second: Annotated[int, Field(ge=0)] = 8 * _MIB
+    disk_bytes_max: Annotated[int, Field(ge=1)] = 64 << 40
+    machine_space_bytes_max: Annotated[int, Field(ge=1)] | None = None
     service: ServiceConfig = ServiceConfig()
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Container, Iterator
 
-from appliance.applier.cache_account import CacheBlob
+from appliance.applier.cache_account import BLOBS_LISTED_MAX, CacheBlob, refuse_endless
 from daemon.durable import make_folder, storage_error, write_whole
 from replication.cache_layout import CONTROL_CONTAINER
 from replication.errors import UnavailableError
@@ -99,6 +99,7 @@ class FolderAccount:
                     seen = os.stat(path)
                     version = f"{seen.st_ino}.{seen.st_mtime_ns}"
                     found.append(CacheBlob(name, seen.st_size, version))
+                    refuse_endless(f"blobs {container}/{prefix}*", len(found), BLOBS_LISTED_MAX)
         return sorted(found, key=lambda blob: blob.name)
 
     def _read(self, container: str, name: str, bytes_max: int) -> bytes | None:

@@ -5,10 +5,13 @@ goes into ``events.jsonl`` and ``repair.json`` of the machine's folder before an
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from appliance.applier.audit import Finding, audit_chunks, find_unreadable
+from appliance.applier.arrivals import Arrivals
+from appliance.applier.audit import Finding, audit_chunks, find_unreadable, read_blocks
 from appliance.applier.config import ApplierConfig
 from appliance.applier.event_record import EventRecord
 from appliance.applier.metrics import ApplierMetrics
@@ -20,8 +23,12 @@ from appliance.applier.store.machine_store import MachineStore
 from appliance.applier.store.reports import drop_reports, read_reports
 from appliance.applier.target import Target
 from replication.bookmark import Bookmark
+from replication.errors import IntegrityError
 from replication.manifest import Manifest
 from replication.watermark import Repair, RepairRun
+
+if TYPE_CHECKING:
+    from appliance.applier.store.model import Damage
 
 BUSY_SECONDS = 60.0
 """Between two rounds while changesets come one after another."""
@@ -33,6 +40,9 @@ AUDIT_SHARE = 0.1
 
 THIN_BYTES_MAX = 256 << 20
 """Merged and folded in one round: what a stopping applier may have to wait for."""
+
+HEALS_MAX = 1024
+"""Damaged places that are looked at after a repair."""
 
 _NS = 1_000_000_000
 
@@ -55,6 +65,8 @@ class Keeping:
         self._events = EventRecord(store.folder)
         self._book = RepairBook(store.folder)
         self._book.ask_again()
+        self._arrivals = Arrivals()
+        self._arrivals.keep(self._book.open_runs)
         self.resync = ResyncRecord(store.folder)
         self._scrub = Scrub()
         self._background: asyncio.Task[None] | None = None
@@ -126,8 +138,16 @@ class Keeping:
             # Whatever its sums called different has been sent by now.
             sent = set(begun.runs or ())
             runs = tuple({*runs, *(run for run in self._book.open_runs if run in sent)})
+        astray: tuple[RepairRun, ...] = ()
+        if self._book.open_runs:
+            came = await settled(self._take_arrivals, position)
+            astray = tuple(run for run in runs if run not in came)
+            runs = tuple(run for run in runs if run in came)
         findings = await settled(self._check, position, manifest, runs)
         self._take(findings, closing=runs)
+        if astray:
+            self._book.ask_again(astray)
+            self._arrivals.expect(astray)
         if settles and begun is not None:
             self.resync.settle(begun)
         self._count()
@@ -179,8 +199,29 @@ class Keeping:
         await settled(drop_reports, paths)  # not before the book has them
         self._count()
 
+    def _take_arrivals(self, position: int) -> frozenset[RepairRun]:
+        """Note what the layer that ends at ``position`` brought; the open runs that are whole."""
+        for disk, extents in self._store.extents_at(position).items():
+            self._arrivals.take(disk, extents)
+        return frozenset(run for run in self._book.open_runs if self._arrivals.have_come(run))
+
+    def _heal(self, position: int) -> None:
+        """Write what has come over older copies of the same blocks that have rotted."""
+        by_disk: dict[int, list[Damage]] = {}
+        for damage in self._store.damages()[:HEALS_MAX]:
+            by_disk.setdefault(damage.disk, []).append(damage)
+        disks = {shape.index for shape in self._store.chain().points[-1].disks}
+        for disk in sorted(disks & by_disk.keys()):
+            with self._store.open_view(position, disk) as view:
+                for damage in by_disk[disk]:
+                    with contextlib.suppress(IntegrityError):
+                        data = read_blocks(view, damage.block, 1)
+                        self._store.heal(disk, damage.block, data)
+
     def _check(self, position: int, manifest: Manifest, runs: Sequence[RepairRun]) -> list[Finding]:
         findings = find_unreadable(self._store, position, runs)
+        if runs:
+            self._heal(position)
         now = time.monotonic()
         if manifest.audit and _is_comparable(manifest) and now >= self._audit_at:
             findings += audit_chunks(self._store, position, manifest.audit, manifest.disks)
@@ -191,6 +232,8 @@ class Keeping:
 
     def _take(self, findings: Sequence[Finding], *, closing: Sequence[RepairRun] = ()) -> None:
         asked = self._book.ask([finding.run for finding in findings], closing=closing)
+        self._arrivals.keep(self._book.open_runs)
+        self._store.note_damages([found.damage for found in findings if found.damage is not None])
         for finding in findings:
             run = finding.run
             if any(

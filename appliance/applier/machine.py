@@ -17,6 +17,7 @@ from appliance.applier.asking import Asking
 from appliance.applier.inbox import Inbox
 from appliance.applier.keeping import Keeping
 from appliance.applier.lease import MachineLease, Ownership
+from appliance.applier.measure import exceeded
 from appliance.applier.settled import settled
 from appliance.applier.shared import Shared
 from appliance.applier.store.machine_store import MachineStore
@@ -63,6 +64,7 @@ class MachineApplier:
         self._malformed: dict[Stamp, str] = {}
         self._look_at = 0.0
         self._undropped = ""
+        self._too_large = ""
 
     @property
     def id_text(self) -> str:
@@ -234,6 +236,9 @@ class MachineApplier:
         versions: Mapping[str, str],
     ) -> bool:
         manifest = opened.manifest
+        self._too_large = await settled(exceeded, self._shared.config, store.folder, manifest.disks)
+        if self._too_large:
+            return False
         if not manifest.resync and not keeping.resync.fits(manifest):
             return self._refuse_basis(keeping, manifest.stamp)
         async with self._shared.slots:
@@ -365,7 +370,7 @@ class MachineApplier:
         self._shared.health.report(
             self._part,
             warning="; ".join(told),
-            critical=f"only a new generation helps: {self.lost}" if self.lost else "",
+            critical=f"only a resync helps: {self.lost}" if self.lost else self._too_large,
         )
         name, metrics = self._target.name, self._shared.metrics
         metrics.wanted_blobs.labels(name).set(len(self._asking.names))

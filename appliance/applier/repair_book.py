@@ -1,8 +1,8 @@
 """Which blocks the source must send again, across restarts: ``repair.json``.
 
 A request counts up whenever blocks are added; what is published always holds every run that is
-still open. A manifest that says ``repaired`` >= a run's request carries the run's blocks, so the
-run leaves the book, unless it still cannot be read.
+still open. A manifest that says ``repaired`` >= a run's request says that the run's blocks have
+come, so the run leaves the book if they have, and can be read; else it is asked for again.
 
 Source: FORMAT.md §8.
 """
@@ -74,15 +74,22 @@ class RepairBook:
             self._keep(left)
         return fresh
 
-    def ask_again(self) -> None:
-        """Ask for all that is open under a new request.
+    def ask_again(self, runs: Sequence[RepairRun] | None = None) -> None:
+        """Ask for these runs, or for all that are open, under a new request.
 
         After a restart: the changeset that fulfilled the old one may have been applied and the
-        book not yet been closed over it, and no other manifest would name that request again.
+        book not yet been closed over it, and no other manifest would name that request again. Or
+        after a manifest that says that blocks have come which have not.
         """
-        if self._open:
+        again = set(self.open_runs if runs is None else runs)
+        if again & set(self.open_runs):
             self._request += 1
-            self._keep(tuple(OpenRun(self._request, run) for run in self.open_runs))
+            self._keep(
+                tuple(
+                    OpenRun(self._request, item.run) if item.run in again else item
+                    for item in self._open
+                )
+            )
 
     def fulfilled(self, repaired: int) -> tuple[RepairRun, ...]:
         """The open runs that a changeset with this ``repaired`` carries.

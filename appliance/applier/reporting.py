@@ -10,6 +10,7 @@ import time
 import uuid
 
 from appliance.applier.fleet import Fleet
+from appliance.applier.measure import used_bytes
 from appliance.applier.store.reader_store import ReaderStore
 from daemon.load import LoadMeter
 from daemon.service import Health
@@ -75,17 +76,5 @@ def read_store(root: str, machine: uuid.UUID) -> StoreReport:
         oldest_ns=min(times, default=0),
         newest_ns=max(times, default=0),
         newest_app_ns=max(app, default=0),
-        space_bytes=_used_bytes(reader.folder),
+        space_bytes=used_bytes(reader.folder),
     )
-
-
-def _used_bytes(folder: str) -> int:
-    """What the files of a store take on the disk; some may go while they are looked at."""
-    total = 0
-    for path, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(path, name)).st_blocks * 512
-            except FileNotFoundError:
-                continue
-    return total

@@ -127,6 +127,25 @@ class MachineStore:
         """See ReaderStore.open_view."""
         return self.reader.open_view(position, disk)
 
+    def note_damages(self, damages: Sequence[Damage]) -> None:
+        """Remember rotten places that were met: what comes again may heal them."""
+        if damages:
+            self._catalogue.add_damages(damages)
+
+    def extents_at(self, position: int) -> dict[int, list[tuple[int, int]]]:
+        """What the layer that ends at ``position`` holds: (block, count) in order, by disk."""
+        row = next((row for row in self.chain().layers if row.last == position), None)
+        if row is None:
+            return {}
+        with self._open_layer(row) as layer:
+            found = layer.extents()
+        held: dict[int, list[tuple[int, int]]] = {}
+        for disk, block, count in zip(
+            found.disk.tolist(), found.block.tolist(), found.count.tolist(), strict=True
+        ):
+            held.setdefault(disk, []).append((block, count))
+        return held
+
     def maintaining(self) -> threading.Lock:
         """Held by whoever changes sealed layers or the base: one at a time."""
         return self._maintaining

@@ -97,6 +97,57 @@ async def test_repair_that_was_not_one_is_asked_for_again(site: Site) -> None:
         assert watermark.repair.runs == (RepairRun(0, 0, CHUNK_BLOCKS),)
 
 
+async def test_repair_counts_only_when_its_blocks_have_come(site: Site) -> None:
+    """Without a sample of the place: the number alone says that it is repaired."""
+    source = a_source()
+    async with site.applier(source):
+        await send(site, source)
+        bypass(source, 0, 0)
+        await send(site, source, audit=[(0, 0)])
+        await site.until(source, lambda found: found.repair.request == 1)
+        source.touch(0, range(CHUNK_BLOCKS - 1))
+        await send(site, source, audit=[], repaired=1)
+        watermark = await site.until(source, lambda found: found.repair.request == 2)
+        assert watermark.repair.runs == (RepairRun(0, 0, CHUNK_BLOCKS),)
+        # In two parts, of which the last one says so.
+        source.touch(0, range(8))
+        await send(site, source, audit=[], repaired=1, consistency=Consistency.NONE)
+        source.touch(0, range(8, CHUNK_BLOCKS))
+        repaired = await send(site, source, audit=[(0, 0)], repaired=2)
+        await site.until(source, lambda found: not found.repair.runs)
+    site.check(source, repaired)
+
+
+async def test_repair_heals_older_points_too(site: Site) -> None:
+    source = a_source()
+    async with site.applier(source, **QUICK_SCRUB):
+        await send(site, source)
+        source.write(0, 0, source.random.randbytes(BLOCK_BYTES))
+        second = await send(site, source)
+        reader = ReaderStore(str(site.store), source.machine)
+        rot(reader, second.stamp, source, 0)
+        watermark = await site.until(source, lambda found: bool(found.repair.runs))
+        assert watermark.repair.runs == (RepairRun(0, 0, 1),)
+        source.touch(0, [0])
+        await send(site, source, repaired=watermark.repair.request)
+        await site.until(source, lambda found: not found.repair.runs)
+        await until(lambda: not reader.damages())
+    site.check(source, second)
+
+
+def rot(reader: ReaderStore, stamp: Stamp, source: Source, block: int) -> None:
+    """Change the block's bytes in the layer of a changeset."""
+    wanted = bytes(source.disks[0][block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES])
+    chain = reader.chain()
+    position = next(one.position for one in chain.points if one.bookmark.stamp == stamp)
+    row = next(row for row in chain.layers if row.last == position)
+    path = os.path.join(reader.folder, row.file)
+    with open(path, "r+b") as file:
+        at = file.read().index(wanted)
+        file.seek(at + 5)
+        file.write(bytes([wanted[5] ^ 1]))
+
+
 @pytest.mark.parametrize("place", ["layer", "base"])
 async def test_rotten_byte_is_found_by_the_scrub_and_repaired(site: Site, place: str) -> None:
     source = a_source()

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from daemon.service import Service
 from replication.bookmark import Consistency, Stamp
 from tests.appliance.applier.running import Site, until
@@ -295,3 +297,47 @@ async def test_passed_containers_are_dropped_and_the_current_one_stays(any_site:
 def lag(service: Service) -> float | None:
     labels = {"machine": "web"}
     return service.registry.get_sample_value("understudy_applier_lag_changesets", labels)
+
+
+async def test_changeset_whose_segments_are_lost_everywhere_is_passed_over(any_site: Site) -> None:
+    source = a_source()
+    async with any_site.applier(source):
+        changesets = [source.changeset()]
+        await changesets[0].put(any_site.account)
+        await any_site.until_applied(source, Stamp(1, 1))
+        source.scribble()
+        lost = source.changeset()
+        await lost.put(any_site.account, without=[lost.segment_name(0)])
+        wanted = await any_site.until(source, lambda found: bool(found.wanted))
+        assert wanted.wanted == (lost.segment_name(0),)
+        # Its source sends all that changed since, under a new number.
+        source.scribble()
+        again = source.changeset(since=1)
+        await again.put(any_site.account)
+        watermark = await any_site.until_applied(source, Stamp(1, 3))
+        await any_site.until(source, lambda found: not found.wanted)
+        assert watermark.lost == ""
+    assert any_site.stamps(source) == [Stamp(1, 1), Stamp(1, 3)]
+    any_site.check(source, again)
+
+
+@pytest.mark.parametrize("key", ["disk_bytes_max", "machine_space_bytes_max"])
+async def test_machine_that_is_too_large_waits_and_is_told(site: Site, key: str) -> None:
+    source = a_source(2 << 20)
+    first = source.changeset()
+    await first.put(site.account)
+    second = None
+    async with site.applier(source, **{key: 1 << 20}) as service:
+        if key == "machine_space_bytes_max":  # looked at before a changeset is applied
+            await site.until_applied(source, Stamp(1, 1))
+            source.touch(0, range(10))
+            second = source.changeset()
+            await second.put(site.account)
+        await until(lambda: key in str(service.health.criticals))
+        newest = Stamp(1, 1) if second else Stamp(0, 0)
+        assert (await site.watermark(source)).applied == newest
+        assert (await site.watermark(source)).lost == ""
+    async with site.applier(source) as service:
+        await site.until_applied(source, (second or first).stamp)
+        await until(lambda: service.health.state == "normal")
+    site.check(source, second or first)
