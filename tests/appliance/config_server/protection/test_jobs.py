@@ -34,8 +34,8 @@ from tests.appliance.config_server.protection.stage import (
 
 
 @pytest.fixture
-async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
-    async with open_stage(tmp_path) as opened:
+async def stage(tmp_path: Path, database_url: str) -> AsyncIterator[Stage]:
+    async with open_stage(tmp_path, database_url) as opened:
         yield opened
 
 
