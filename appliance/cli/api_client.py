@@ -169,8 +169,8 @@ class ApiClient:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 return PeerError(
                     f"the certificate of {self._url} cannot be trusted: {cause.verify_message}",
-                    hint="sign in with --ca FILE, or with --fingerprint, which the config server "
-                    "shows at its start",
+                    hint="sign in with --ca FILE or --fingerprint; on its host, "
+                    "`understudy-config-server ca` tells both",
                 )
             cause = cause.__cause__ or cause.__context__
         if isinstance(error, httpx.TimeoutException):

@@ -9,6 +9,7 @@ from appliance.cli.output import (
     Column,
     percent,
     print_json,
+    print_line,
     print_rows,
     size,
     span,
@@ -37,11 +38,14 @@ def components(*, as_json: AsJson = False) -> None:
             Column("spool", "spool_share", percent, right=True),
             Column("backlog", "backlog_seconds", span, right=True),
             Column("free", "free_bytes", size, right=True),
-            Column("why", "why", wraps=True),
         ),
         as_json=False,
         none="No process server, applier or vCenter is known yet.",
     )
+    for component in found:
+        for reason in component["health"]["reasons"]:
+            told = f"{component['name']}: {reason['message']}; {reason['action']}"
+            print_line(told, style=state_style(reason["severity"]))
 
 
 def _row(component: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +53,6 @@ def _row(component: dict[str, Any]) -> dict[str, Any]:
     return {
         **component,
         "state": health["state"],
-        "why": "; ".join(reason["message"] for reason in health["reasons"]),
         "heard": _ago(component["seen_ns"]),
         "memory_share": _share(component["memory_used_bytes"], component["memory_bytes"]),
         "spool_share": _share(component["spool_bytes"], component["spool_max_bytes"]),

@@ -118,6 +118,10 @@ STATE_STYLES = {
     "failed": "bold red",
     "cancelled": "yellow",
     "resync-required": "yellow",
+    "connected": "green",
+    "connecting": "cyan",
+    "unreachable": "yellow",
+    "refused": "bold red",
 }
 
 

@@ -34,6 +34,14 @@ CaFile = Annotated[
     str | None,
     typer.Option("--ca", metavar="FILE", help="PEM of the CA of its certificate."),
 ]
+Verify = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ca|pinned|none",
+        help="Check its certificate against that CA (as by default), or that it is the very one in "
+        "--ca FILE, or not at all.",
+    ),
+]
 
 
 @app.command("list")
@@ -69,6 +77,7 @@ def add(
     password_file: PasswordFile = None,
     password_stdin: PasswordStdin = False,
     ca: CaFile = None,
+    verify: Verify = None,
     as_json: AsJson = False,
 ) -> None:
     """Add a vCenter; its password is asked for, or read from a file or standard input."""
@@ -76,6 +85,8 @@ def add(
     body: dict[str, Any] = {"name": name, "url": url, "username": username, "password": password}
     if ca:
         body["ca_pem"] = read_pem(ca)
+    if verify:
+        body["verify"] = verify
     with connect() as api:
         made = api.post("/vcenters", body)
     if as_json:
@@ -94,6 +105,7 @@ def update(
     password_stdin: PasswordStdin = False,
     password: Annotated[bool, typer.Option("--password", help="Ask for a new password.")] = False,
     ca: CaFile = None,
+    verify: Verify = None,
     as_json: AsJson = False,
 ) -> None:
     """Change a vCenter's address, user or password."""
@@ -104,6 +116,8 @@ def update(
         )
     if ca:
         body["ca_pem"] = read_pem(ca)
+    if verify:
+        body["verify"] = verify
     body = {key: value for key, value in body.items() if value is not None}
     if not body:
         raise ConfigError(
