@@ -50,6 +50,11 @@ def new_attempt() -> bytes:
     return os.urandom(ATTEMPT_BYTES)
 
 
+def new_salt() -> bytes:
+    """The salt of a key that seals once."""
+    return os.urandom(ATTEMPT_BYTES)
+
+
 class AttemptKey:
     """The key of one attempt at one changeset of one machine."""
 

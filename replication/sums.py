@@ -11,7 +11,6 @@ that one store: no other store and no older copy of it takes changesets that cou
 Source: FORMAT.md §10.
 """
 
-import os
 import struct
 import uuid
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from replication.block_set import BLOCK_BYTES, BLOCK_COUNT_MAX
 from replication.bookmark import Stamp
 from replication.checksum import CHUNK_BYTES, DIGEST_BYTES
-from replication.envelope import DATA_KEY_BYTES
+from replication.envelope import DATA_KEY_BYTES, new_salt
 from replication.errors import ConfigError, IntegrityError, PeerError
 from replication.frame import DISK_COUNT_MAX, TAG_BYTES
 from replication.manifest import BASIS_BYTES
@@ -49,7 +48,6 @@ _INFO = struct.Struct("<18s16sIQ")
 _LABEL = b"understudy sums v1"
 _NONCE = struct.Struct("<BBHQ")
 _DOMAIN = 3
-SALT_BYTES = 16
 SUMS_BYTES_MAX = _HEADER.size + _PACKED_BYTES_MAX + TAG_BYTES
 assert _HEADER.size == 96
 assert _NONCE.size == 12
@@ -113,7 +111,7 @@ def seal_sums(data_key: bytes, place: SumsPlace, sums: bytes) -> bytes:
     """A part as it lies in the cache, under a fresh salt."""
     assert len(sums) == place.sum_count * DIGEST_BYTES > 0
     assert len(place.basis) == BASIS_BYTES
-    salt = os.urandom(SALT_BYTES)
+    salt = new_salt()
     packed = zstandard.ZstdCompressor(level=1).compress(sums)
     head = _head(place, salt, len(packed))
     return head + _key(data_key, place, salt).encrypt(_nonce(place), packed, head)

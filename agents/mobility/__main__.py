@@ -1,6 +1,7 @@
 """``understudy-agent``: the mobility agent of one protected machine."""
 
 import argparse
+import os
 import sys
 import uuid
 
@@ -11,18 +12,20 @@ from agents.mobility.controlled_config import ControlledConfig, load_config
 from agents.mobility.device import Device
 from agents.mobility.freeze import thaw_all
 from agents.mobility.host import read_host
+from agents.mobility.leave import leave_order
 from agents.mobility.machine_folder import hold, run_owed_scripts
 from agents.mobility.measures import AgentMeasures
 from agents.mobility.mounts import mounted_file_systems
 from agents.mobility.stream_run import Running, refuse_untrackable, replicate
 from agents.mobility.tracker.pins import remove_machine
+from daemon.durable import make_folder
 from daemon.enrolment import add_enrol_options, enrol_command
 from daemon.identity import is_enrolled
 from daemon.service import Service, fail, run_daemon
 from replication.control.role import NodeRole
-from replication.errors import ReplicationError
+from replication.errors import ConfigError, ReplicationError
 
-ACTIONS = ("run", "check", "thaw", "forget", "enrol")
+ACTIONS = ("run", "check", "thaw", "forget", "enrol", "resync")
 
 
 def main() -> int:
@@ -38,7 +41,8 @@ def main() -> int:
         default="run",
         help="run (the default); check the configuration and the disks; thaw file systems that "
         "were left frozen, and run the post scripts that are owed; forget: stop tracking this "
-        "machine's disks; enrol with the config server",
+        "machine's disks; enrol with the config server; resync: have the running agent compare the "
+        "disks with the second site now",
     )
     add_enrol_options(parser)
     options = parser.parse_args()
@@ -53,6 +57,9 @@ def main() -> int:
             return 0
         if options.action == "forget":
             remove_machine(_machine_of(config))
+            return 0
+        if options.action == "resync":
+            _order_resync(config)
             return 0
         check_scripts((*config.app_consistency.pre, *config.app_consistency.post))
         if isinstance(config, AgentConfig):
@@ -77,6 +84,17 @@ async def _serve(config: AgentConfig | ControlledConfig, service: Service) -> No
 
     with hold(config.state_folder, config.machine):
         await replicate(config, service, on_running=on_running)
+
+
+def _order_resync(config: AgentConfig | ControlledConfig) -> None:
+    if isinstance(config, ControlledConfig):
+        raise ConfigError(
+            "this machine does as its config server says",
+            hint="order the resync there: POST machines/{machine}/resync",
+        )
+    folder = os.path.join(config.state_folder, str(config.machine))
+    make_folder(folder)
+    leave_order(folder)
 
 
 def _enrol(options: argparse.Namespace, config: AgentConfig | ControlledConfig) -> int:
