@@ -16,12 +16,19 @@ from vsphere_emu.datastore import Datastore
 from vsphere_emu.guest import Guest
 
 FOLDER_DEFAULT = "/var/lib/understudy-lab"
+VCENTER_USER = "administrator@vsphere.local"
 ACCOUNT = "understudylab"
 _NAMESPACE = uuid.UUID("7a0f9c9e-6d0e-4f59-9a1b-6f2f60a3c1d4")
 _MIB = 1 << 20
 
 GUESTS = f"""\
 root_folder = "{{root}}/vsphere"
+
+[vcenter]
+name = "vcenter-lab"
+port = {{vcenter_port}}
+user = "{VCENTER_USER}"
+password_file = "{{root}}/keys/vcenter.password"
 
 [datastore]
 name = "datastore1"
@@ -67,6 +74,14 @@ class Ports:
     def queue(self) -> int:
         return self.base + 11
 
+    @property
+    def config_server(self) -> int:
+        return self.base + 44
+
+    @property
+    def vcenter(self) -> int:
+        return self.base + 89
+
     def health(self, index: int) -> int:
         return self.base + 50 + index
 
@@ -109,79 +124,98 @@ class Layout:
         datastore = Datastore(config.datastore.name, config.datastore.folder)
         return [Guest(guest, datastore, config.root_folder) for guest in config.guests]
 
+    @property
+    def config_server_url(self) -> str:
+        return f"https://127.0.0.1:{self.ports.config_server}"
+
+    def identity(self, node: str) -> str:
+        """Where a node keeps its key, its certificate and what it was told."""
+        return self.path("identity", node)
+
     def make(self) -> None:
         """Create the folders and the files that need no guest to be running."""
-        for folder in ("config", "keys", "log", "run", "points", "scratch", "agents"):
+        for folder in (
+            "config", "keys", "log", "run", "points", "scratch", "agents", "identity",
+        ):  # fmt: skip
             make_folder(self.path(folder), mode=0o755)
-        key_file = self.path("keys", "account.key")
-        if not os.path.exists(key_file):
-            _write(key_file, base64.b64encode(secrets.token_bytes(64)).decode() + "\n", mode=0o600)
-        with open(key_file, encoding="ascii") as file:
-            key = file.read().strip()
+        account_key = self._secret("account.key", base64.b64encode(secrets.token_bytes(64)))
+        self._secret("unlock.key", secrets.token_hex(32).encode())
+        self._secret("vcenter.password", secrets.token_urlsafe(18).encode())
         _write(
             self.path("keys", "cache.connection"),
             "DefaultEndpointsProtocol=http;"
-            f"AccountName={ACCOUNT};AccountKey={key};"
+            f"AccountName={ACCOUNT};AccountKey={account_key};"
             f"BlobEndpoint=http://127.0.0.1:{self.ports.blob}/{ACCOUNT};"
             f"QueueEndpoint=http://127.0.0.1:{self.ports.queue}/{ACCOUNT};\n",
             mode=0o600,
         )
-        _write(self.config("vsphere"), GUESTS.format(root=self.root))
+        _write(
+            self.config("vsphere"),
+            GUESTS.format(root=self.root, vcenter_port=self.ports.vcenter)
+            + f"\n[service]\nhealth_port = {self.ports.health(3)}\n",
+        )
         _write(
             self.config("azure"),
             f'[storage]\ndata_folder = "{self.path("azurite")}"\n'
             f"blob_port = {self.ports.blob}\nqueue_port = {self.ports.queue}\n\n"
-            f'[storage.account]\nname = "{ACCOUNT}"\nkey_file = "{key_file}"\n\n'
+            f'[storage.account]\nname = "{ACCOUNT}"\n'
+            f'key_file = "{self.path("keys", "account.key")}"\n\n'
             f"[service]\nhealth_port = {self.ports.health(2)}\n",
         )
         _write(
+            self.config("config-server"),
+            f'state_folder = "{self.path("config-server")}"\n\n'
+            f'[listen]\nhost = "127.0.0.1"\nport = {self.ports.config_server}\n\n'
+            f'[identity]\nunlock_file = "{self.path("keys", "unlock.key")}"\n\n'
+            "# A real site keeps one point every five minutes; the lab shows more of them.\n"
+            "[policies]\nallow_short_crash_frequency = true\n\n"
+            f"[service]\nhealth_port = {self.ports.health(4)}\n",
+        )
+        _write(
             self.config("process-server"),
-            f'[listen]\nhost = "127.0.0.1"\nport = {self.ports.process_server}\n\n'
-            f"{self._tls('process-server')}\n"
+            f'[listen]\nhost = "127.0.0.1"\nport = {self.ports.process_server}\n'
+            'names = ["127.0.0.1", "localhost"]\n\n'
+            f"{self._control('process-server')}\n"
             f'[spool]\nfolder = "{self.path("spool")}"\nbytes_max = {4096 * _MIB}\n\n'
             f'[cache]\nconnection_string_file = "{self.path("keys", "cache.connection")}"\n\n'
             f"[service]\nhealth_port = {self.ports.health(0)}\n",
         )
-
-    def write_applier(self, guests: list[Guest]) -> None:
-        machines = "".join(
-            f'\n[[machines]]\nid = "{machine_id(guest.config.name)}"\n'
-            f'name = "{guest.config.name}"\n'
-            f'data_key_file = "{self.path("keys", f"{guest.config.name}.key")}"\n'
-            for guest in guests
-        )
         _write(
             self.config("applier"),
             f'store = "{self.store}"\npoints_mount = "{self.points}"\n\n'
+            f"{self._control('applier')}\n"
             f'[cache]\nconnection_string_file = "{self.path("keys", "cache.connection")}"\n\n'
-            "# A real site keeps one point every five minutes; the lab shows more of them.\n"
-            "[retention]\nretention_days = 1\ncrash_frequency_seconds = 0\n\n"
-            f"[service]\nhealth_port = {self.ports.health(1)}\n{machines}",
+            f"[service]\nhealth_port = {self.ports.health(1)}\n",
         )
 
     def write_agent(self, guest: Guest, health_index: int) -> None:
-        """The agent's file names the loop devices that the guest's disks have just now."""
+        """The agents of all guests run on this one machine: each is told which disks are its own,
+        and the BIOS UUID that firmware would tell it.
+        """
         name = guest.config.name
-        disks = "".join(
-            f'\n[[disks]]\nindex = {index}\nname = "{disk.name}"\ndevice = "{disk.device}"\n'
-            for index, disk in enumerate(guest.status().disks)
-        )
+        images = ", ".join(f'"{disk.flat_path}"' for disk in guest.status().disks)
         _write(
             self.config(f"agent-{name}"),
-            f'machine = "{machine_id(name)}"\nname = "{name}"\n'
-            f'data_key_file = "{self.path("keys", f"{name}.key")}"\n'
-            f'state_folder = "{self.path("agents", name)}"\n'
-            f'process_server = "https://127.0.0.1:{self.ports.process_server}"\n\n'
-            f"{self._tls(name)}\n[capture]\ninterval_seconds = 5\n\n"
-            f"[service]\nhealth_port = {self.ports.health(health_index)}\n{disks}",
+            f'state_folder = "{self.path("agents", name)}"\n\n'
+            f"{self._control(name)}"
+            f'machine = "{machine_id(name)}"\nbios_uuid = "{guest.config.identity}"\n'
+            f"devices = [{images}]\n\n"
+            f"[service]\nhealth_port = {self.ports.health(health_index)}\n",
         )
 
-    def _tls(self, who: str) -> str:
-        folder = self.path("certificates", who)
+    def _control(self, node: str) -> str:
         return (
-            f'[tls]\ncertificate = "{folder}/certificate.pem"\nkey = "{folder}/key.pem"\n'
-            f'ca = "{folder}/ca.pem"\n'
+            f'[control]\nconfig_server = "{self.config_server_url}"\n'
+            f'identity_folder = "{self.identity(node)}"\nreport_seconds = 2\n'
         )
+
+    def _secret(self, name: str, made: bytes) -> str:
+        """The content of a file of secrets, ``made`` where there is none yet."""
+        path = self.path("keys", name)
+        if not os.path.exists(path):
+            _write(path, made.decode() + "\n", mode=0o600)
+        with open(path, encoding="ascii") as file:
+            return file.read().strip()
 
 
 def machine_id(guest: str) -> uuid.UUID:

@@ -29,6 +29,7 @@ class Background:
     module: str
     config: str
     health_port: int | None = None
+    arguments: tuple[str, ...] = ()
 
     @property
     def log_path(self) -> str:
@@ -53,7 +54,7 @@ class Background:
             return
         with open(self.log_path, "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", self.module, "--config", self.config],
+                [sys.executable, "-m", self.module, "--config", self.config, *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

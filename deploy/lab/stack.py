@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agents.mobility.tracker.pins import remove_machine
-from appliance.cli.authority import Authority, create_data_key
+from deploy.lab.control import Operator
 from deploy.lab.layout import Layout, machine_id
 from deploy.lab.process import Background
 from replication.errors import ReplicationError, StorageError, UnavailableError
@@ -47,7 +47,23 @@ class Stack:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
+        self.operator = Operator(layout)
         ports = layout.ports
+        self.vsphere = Background(
+            layout,
+            "vsphere-emu",
+            "vsphere_emu",
+            layout.config("vsphere"),
+            ports.health(3),
+            arguments=("serve",),
+        )
+        self.config_server = Background(
+            layout,
+            "config-server",
+            "appliance.config_server",
+            layout.config("config-server"),
+            ports.health(4),
+        )
         self.azure = Background(
             layout, "azure-emu", "azure_emu", layout.config("azure"), ports.health(2)
         )
@@ -73,37 +89,35 @@ class Stack:
         ]
 
     def prepare(self) -> list[Guest]:
-        """Folders, certificates, keys and configuration; returns the guests, powered off or on."""
-        layout = self.layout
-        layout.make()
-        guests = layout.guests()
-        authority_folder = layout.path("certificates", "authority")
-        if not os.path.exists(authority_folder):
-            Authority.create(authority_folder)
-        authority = Authority.open(authority_folder)
-        server_folder = layout.path("certificates", "process-server")
-        if not os.path.exists(server_folder):
-            authority.issue_server(["localhost", "127.0.0.1"], server_folder)
-        for guest in guests:
-            name = guest.config.name
-            if not os.path.exists(layout.path("certificates", name)):
-                authority.issue_machine(machine_id(name), layout.path("certificates", name))
-            if not os.path.exists(layout.path("keys", f"{name}.key")):
-                create_data_key(layout.path("keys", f"{name}.key"))
-        layout.write_applier(guests)
-        return guests
+        """Folders and configuration; returns the guests, powered off or on."""
+        self.layout.make()
+        return self.layout.guests()
+
+    def start_control(self) -> None:
+        """The vCenter of the lab, and the config server."""
+        for part in (self.vsphere, self.config_server):
+            part.start()
+        for part in (self.vsphere, self.config_server):
+            part.wait_ready()
 
     def start_second_site(self) -> None:
-        """The cache storage account, the process server and the applier."""
-        for part in (self.azure, self.process_server, self.applier):
+        """The cache storage account, the process server and the applier, which enrol first."""
+        self.azure.start()
+        self.operator.enrol_all([self.process_server, self.applier])
+        for part in (self.process_server, self.applier):
             part.start()
+        for part in (self.azure, self.process_server, self.applier):
             part.wait_ready()
 
     def start_agents(self, guests: list[Guest]) -> None:
+        """An agent for each guest, which enrols first."""
         for index, guest in enumerate(guests):
             self.layout.write_agent(guest, AGENT_HEALTH_FIRST + index)
-            self.agent(guest.config.name, index).start()
-        for agent in self.agents():
+        agents = self.agents()
+        self.operator.enrol_all(agents)
+        for agent in agents:
+            agent.start()
+        for agent in agents:
             agent.wait_ready()
 
     def news(self, guest: str) -> AgentNews | None:
@@ -117,7 +131,13 @@ class Stack:
         return AgentNews(**{name: tree[name] for name in AgentNews.__slots__})
 
     def parts(self) -> list[Background]:
-        parts = [self.azure, self.process_server, self.applier]
+        parts = [
+            self.vsphere,
+            self.azure,
+            self.config_server,
+            self.process_server,
+            self.applier,
+        ]
         with contextlib.suppress(ReplicationError):  # before the first `up` there are no guests
             parts += self.agents()
         return parts

@@ -59,10 +59,12 @@ class Story:
         self._console = console
         self._load_seconds = load_seconds
         self._guests: list[GuestStory] = []
+        self._protected_at = 0.0
 
     def tell(self) -> None:
         """Run all of it; raises ReplicationError at the first thing that does not hold."""
         self._set_up()
+        self._take_control()
         self._initial_replication()
         self._live()
         self._come_to_rest()
@@ -80,9 +82,6 @@ class Story:
         self._step("1  Setting up")
         began = time.monotonic()
         self._guests = [GuestStory(guest) for guest in self._stack.prepare()]
-        self._done("certificate authority, certificates, data keys, configuration")
-        self._stack.start_second_site()
-        self._done("second site: cache storage account (Azurite), process server, applier")
         for story in self._guests:
             story.guest.power_on()
             story.guest.start_workload()
@@ -92,14 +91,35 @@ class Story:
             )
             work = story.guest.config.workload
             self._done(f"{story.name}: {disks}; workload {work.kind if work else 'none'}")
+        self._stack.start_control()
+        self._done("vCenter (vcsim) over the guests; config server with a CA of its own")
+        self._stack.start_second_site()
+        self._done(
+            "second site: cache storage account (Azurite), process server, applier, enrolled"
+        )
+        self._stack.start_agents([story.guest for story in self._guests])
+        self._done("an agent for each guest, enrolled with its own key and certificate")
         self._done(f"after {time.monotonic() - began:.0f} s")
 
-    def _initial_replication(self) -> None:
-        self._step("2  Initial replication, machines running")
+    def _take_control(self) -> None:
+        self._step("2  Discover, set a policy, protect")
+        names = [story.name for story in self._guests]
+        for seen in self._stack.operator.discover(names):
+            self._done(f"{seen.name}: in the vCenter, {seen.power}, {seen.disks} disks")
+        policy = self._stack.operator.set_policy()
+        self._done(
+            f"policy {policy['name']}: points are kept {policy['retention_seconds'] / 3600:.0f} h, "
+            f"RPO threshold {policy['rpo_threshold_seconds'] / 60:.0f} min"
+        )
         for story in self._guests:
             story.seed_bytes = sum(data_bytes(path) for path in story.flat_paths)
-        began = time.monotonic()
-        self._stack.start_agents([story.guest for story in self._guests])
+        self._protected_at = time.monotonic()
+        self._stack.operator.protect(names)
+        self._done("all three are protected; their agents have begun")
+
+    def _initial_replication(self) -> None:
+        self._step("3  Initial replication, machines running")
+        began = self._protected_at
         with Progress(
             TextColumn("  {task.description:10}"),
             BarColumn(bar_width=36),
@@ -134,7 +154,7 @@ class Story:
                 time.sleep(0.2)
 
     def _live(self) -> None:
-        self._step(f"3  Live changes for {self._load_seconds:.0f} s, workloads running")
+        self._step(f"4  Live changes for {self._load_seconds:.0f} s, workloads running")
         began_ns = time.time_ns()
         deadline = time.monotonic() + self._load_seconds
         seen: set[tuple[str, str]] = set()
@@ -167,7 +187,7 @@ class Story:
         )
 
     def _come_to_rest(self) -> None:
-        self._step("4  Workloads stop, file systems are unmounted, replication catches up")
+        self._step("5  Workloads stop, file systems are unmounted, replication catches up")
         for story in self._guests:
             story.guest.stop_workload()
             for disk in reversed(story.guest.config.disks):
@@ -191,7 +211,7 @@ class Story:
         return holds
 
     def _prove(self) -> None:
-        self._step("5  Proof")
+        self._step("6  Proof")
         checks: list[Callable[[], str]] = []
         for story in self._guests:
             checks.append(functools.partial(self._prove_equal, story))
