@@ -16,6 +16,7 @@ from agents.mobility.controlled_config import AgentControlConfig  # noqa: TC001 
 from agents.mobility.tracker import KERNEL_MIN
 from appliance.applier.config import ApplierConfig
 from appliance.cli.commands import TABLE as COMMANDS
+from appliance.config_server.config import ConfigServerConfig
 from appliance.process_server.config import Config as ProcessServerConfig
 from appliance.process_server.config import ListenConfig
 from azure_emu.config import Config as AzureConfig
@@ -43,6 +44,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "agent.toml": AgentFile,
     "process-server.toml": ProcessServerConfig,
     "applier.toml": ApplierConfig,
+    "config-server.toml": ConfigServerConfig,
     "azure-emu.toml": AzureConfig,
     "vsphere-emu.toml": VsphereConfig,
 }
