@@ -45,7 +45,6 @@ WATCHED = (
     "runtime.powerState",
     "runtime.host",
     "config.changeVersion",
-    "config.uuid",
     "guest.hostName",
     "guest.ipAddress",
     "guest.toolsRunningStatus",

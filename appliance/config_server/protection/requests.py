@@ -11,6 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from appliance.config_server.discovery.matching import vm_of
 from appliance.config_server.protection.jobs import JobKind, new_job
 from appliance.config_server.protection.machines import (
     agent_report,
@@ -38,7 +39,6 @@ from appliance.config_server.store.schema import (
     Machine,
     Node,
     ProtectedDisk,
-    VirtualMachine,
 )
 from replication.control.report import ResyncCause
 from replication.control.role import NodeRole
@@ -106,7 +106,7 @@ async def protect(
     machine.process_server_id = server.id
     machine.applier_id = store.id
     machine.points = KEPT
-    machine.vm_id = await _vm_of(session, node)
+    machine.vm_id = await vm_of(session, node)
     return _ask(asking, machine, Event.PROTECT_ASKED, JobKind.PROTECT, {"had_points": had_points})
 
 
@@ -269,18 +269,6 @@ async def _refuse_twin(session: AsyncSession, node: Node) -> None:
             hint="give a clone a BIOS UUID of its own; unprotect the old one of a machine that "
             "was enrolled twice",
         )
-
-
-async def _vm_of(session: AsyncSession, node: Node) -> Any:
-    """The discovered VM; none for a physical machine, or one that no vCenter shows."""
-    if node.bios_uuid is None:
-        return None
-    return await session.scalar(
-        select(VirtualMachine.id)
-        .where(VirtualMachine.bios_uuid == node.bios_uuid, VirtualMachine.removed_ns.is_(None))
-        .order_by(VirtualMachine.id)
-        .limit(1)
-    )
 
 
 def _disk_row(machine: Machine, disk: ChosenDisk) -> ProtectedDisk:
