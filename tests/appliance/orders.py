@@ -19,6 +19,7 @@ from daemon.certificates import (
     CLIENT,
     SERVER,
     Issuer,
+    SigningRequest,
     certificate_pem,
     key_pem,
     new_key,
@@ -30,6 +31,7 @@ from daemon.durable import make_folder, write_whole
 from daemon.identity import CA_FILE, NODE_FILE, PAIR_FILE, NodeIdentity, NodeRecord, load
 from daemon.tls import TlsFiles
 from replication.control.assignment import Assignment
+from replication.control.enrolment import Enrolled
 from replication.control.message import Message
 from replication.control.report import ReportAnswer
 from replication.control.role import NodeRole
@@ -81,6 +83,7 @@ class Orders:
             [
                 web.get("/api/v1/node/assignment", self._give_assignment),
                 web.post("/api/v1/node/reports", self._take_report),
+                web.post("/api/v1/node/certificate", self._renew),
                 web.get("/api/v1/node/data-keys/{machine}", self._give_data_key),
             ]
         )
@@ -99,11 +102,17 @@ class Orders:
             self._changed.notify_all()
 
     def identity(
-        self, folder: Path, role: NodeRole, node: uuid.UUID | None = None, *, name: str = "node"
+        self,
+        folder: Path,
+        role: NodeRole,
+        node: uuid.UUID | None = None,
+        *,
+        name: str = "node",
+        lifetime: dt.timedelta = LIFETIME,
     ) -> NodeIdentity:
         """A folder as enrolment leaves it; with the same ``node`` again: a new certificate."""
         record = NodeRecord(id=node or uuid.uuid4(), role=role, name=name)
-        pair = self._pair(str(record.id), role.value, ("127.0.0.1",))
+        pair = self._pair(str(record.id), role.value, ("127.0.0.1",), lifetime)
         make_folder(str(folder))
         write_whole(str(folder / NODE_FILE), record.model_dump_json().encode())
         write_whole(str(folder / CA_FILE), certificate_pem(self._issuer.certificate))
@@ -114,12 +123,14 @@ class Orders:
         """A certificate for what says to be ``machine``."""
         return self.identity(self._folder / uuid.uuid4().hex, role, machine).tls
 
-    def _pair(self, name: str, unit: str, names: tuple[str, ...]) -> str:
+    def _pair(
+        self, name: str, unit: str, names: tuple[str, ...], lifetime: dt.timedelta = LIFETIME
+    ) -> str:
         key = new_key()
         usages = [SERVER, CLIENT]
         holder = subject(name, unit)
         certificate = self._issuer.issue(
-            holder, key.public_key(), usages=usages, lifetime=LIFETIME, names=names
+            holder, key.public_key(), usages=usages, lifetime=lifetime, names=names
         )
         path = self._folder / f"{serial_text(certificate.serial_number)}.pem"
         write_whole(str(path), key_pem(key) + certificate_pem(certificate))
@@ -145,6 +156,23 @@ class Orders:
         node = _node(request)
         self.reports[node] = json.loads(await request.read())
         answer = ReportAnswer(time_ns=time.time_ns(), assignment=0)
+        return web.Response(body=answer.model_dump_json().encode(), content_type="application/json")
+
+    async def _renew(self, request: web.Request) -> web.Response:
+        node = _node(request)
+        asked = SigningRequest.read(json.loads(await request.read())["csr_pem"])
+        certificate = self._issuer.issue(
+            subject(str(node), NodeRole.PROCESS_SERVER.value),
+            asked.public_key,
+            usages=[SERVER, CLIENT],
+            lifetime=LIFETIME,
+            names=("127.0.0.1",),
+        )
+        answer = Enrolled(
+            node=node,
+            certificate_pem=certificate_pem(certificate).decode(),
+            ca_pem=certificate_pem(self._issuer.certificate).decode(),
+        )
         return web.Response(body=answer.model_dump_json().encode(), content_type="application/json")
 
     async def _give_data_key(self, request: web.Request) -> web.Response:

@@ -1,9 +1,11 @@
 """A process server that a config server tells whose streams it takes."""
 
+import socket
 import ssl
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from appliance.process_server.admission import Admission, Shown
 from appliance.process_server.config import Config
 from appliance.process_server.refusal import Kind, RefusedError
 from daemon.certificates import serial_text
-from daemon.tls import TlsFiles
+from daemon.identity import load
+from daemon.tls import TlsFiles, client_context
 from replication.bookmark import Stamp
 from replication.control.assignment import ProcessServerAssignment
 from replication.control.role import NodeRole
@@ -144,6 +147,38 @@ async def test_streams_go_on_without_the_config_server_and_it_is_told(
         await agent.send(make_changeset(machine, Stamp(1, 2)))
         await orders.come_back()
         await become(lambda: not_told(server, "config server"), seconds_max=30)
+
+
+async def test_certificate_is_renewed_under_an_open_listener(
+    server: ProcessServer, orders: Orders, tmp_path: Path
+) -> None:
+    """Two thirds of its life are soon over; connections that are open go on."""
+    machine = uuid.uuid4()
+    folder = tmp_path / "identity"
+    old = orders.identity(folder, NodeRole.PROCESS_SERVER, NODE, lifetime=timedelta(seconds=24))
+    await orders.assign(NODE, assignment(1, machine))
+    await orders.leave()
+    server.start()
+    tls = orders.machine_tls(machine)
+    assert shown_serial(server, tls) == old.serial
+    async with Agent(server, machine, tls) as agent:
+        await agent.state()
+        await orders.come_back()
+        await become(lambda: shown_serial(server, tls) != old.serial, seconds_max=30)
+        await become(lambda: answers(agent, 200), seconds_max=10)
+        await agent.send(make_changeset(machine, Stamp(1, 1)))
+    assert load(str(folder)).serial == shown_serial(server, tls)
+
+
+def shown_serial(server: ProcessServer, tls: TlsFiles) -> str:
+    """Of the certificate that a new connection is shown."""
+    with (
+        socket.create_connection(("127.0.0.1", server.port)) as plain,
+        client_context(tls).wrap_socket(plain, server_hostname="127.0.0.1") as secured,
+    ):
+        found = secured.getpeercert()
+        assert found is not None
+        return serial_text(str(found["serialNumber"]))
 
 
 def has_stream(orders: Orders, machine: uuid.UUID) -> bool:
