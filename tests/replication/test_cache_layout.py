@@ -17,6 +17,9 @@ from replication.cache_layout import (
     manifest_name,
     manifest_number,
     segment_name,
+    sums_container,
+    sums_generation,
+    sums_name,
     watermark_name,
 )
 from tests.replication.samples import MACHINE, quick
@@ -106,3 +109,14 @@ def test_names_are_those_of_the_page() -> None:
     assert manifest_name(7) == "manifest/000000000007"
     assert watermark_name(MACHINE) == f"watermark/{MACHINE}"
     assert lease_name(MACHINE) == f"lease/{MACHINE}"
+
+
+def test_sums_have_a_container_that_no_changeset_has() -> None:
+    name = sums_container(MACHINE, 7)
+    assert name.startswith(machine_prefix(MACHINE))
+    assert sums_generation(name) == 7
+    assert container_last(name) is None
+    assert sums_generation(container_name(MACHINE, Stamp(7, 1))) is None
+    for strange in (f"{MACHINE.hex}-s7", f"{name}0x", "x", f"{MACHINE.hex}-s0000000007"):
+        assert sums_generation(strange) is None
+    assert sums_name(3, 2, 41) == "sums/03/2/00000041"

@@ -17,13 +17,14 @@ from agents.mobility.reconcile import (
     GoOn,
     Require,
     Stand,
+    believed,
     reconcile,
 )
 from agents.mobility.stream_state import Pending, Position, Resync, Stage
 from replication.bookmark import NOTHING, Stamp
 from replication.control.report import ResyncCause
 from replication.stream import StreamState
-from replication.watermark import NO_ATTEMPT, Watermark
+from replication.watermark import NO_ATTEMPT, Repair, RepairRun, Watermark, WatermarkKey
 
 MACHINE = uuid.UUID(int=1)
 MINE, OTHER = b"m" * 16, b"o" * 16
@@ -250,3 +251,54 @@ def test_any_history_makes_sense(
         return
     told = stream(at(server), attempt, at(applied), attempt)
     check(where, chain, told)
+
+
+KEY = WatermarkKey(bytes(32), MACHINE)
+
+
+def test_what_the_applier_did_not_write_says_nothing() -> None:
+    claims = Watermark(
+        MACHINE,
+        applied=at(9),
+        attempt=OTHER,
+        repair=Repair(7, (RepairRun(0, 1, 1),)),
+        lost="everything",
+        lost_generation=GENERATION,
+        sums=b"b" * 16,
+    )
+    genuine = StreamState(at(5), MINE, 3, 4, claims.signed(KEY))
+    assert believed(genuine, KEY) == (genuine, False)
+    other_key, other_machine = (
+        WatermarkKey(b"x" * 32, MACHINE),
+        WatermarkKey(bytes(32), uuid.uuid4()),
+    )
+    bent = replace(claims.signed(KEY), applied=at(10))
+    for strange in (claims, claims.signed(other_key), claims.signed(other_machine), bent):
+        stream, is_strange = believed(StreamState(at(5), MINE, 3, 4, strange), KEY)
+        assert is_strange
+        assert stream == StreamState(at(5), MINE, 3, 4, Watermark(MACHINE))
+        assert decide(position(5), {}, stream) == GoOn()
+    elsewhere = replace(claims, machine=uuid.uuid4())
+    assert believed(StreamState(at(5), MINE, 3, 4, elsewhere.signed(KEY)), KEY)[1]
+
+
+def test_no_watermark_at_all_is_nothing_strange() -> None:
+    stream = StreamState(at(5), MINE, 3, 4, Watermark(MACHINE))
+    assert believed(stream, KEY) == (stream, False)
+
+
+@pytest.mark.parametrize(
+    ("told", "cause"),
+    [
+        ("integrity", ResyncCause.INTEGRITY),
+        ("stream-lost", ResyncCause.STREAM_LOST),
+        ("", ResyncCause.STREAM_LOST),
+        ("news", ResyncCause.STREAM_LOST),
+    ],
+)
+def test_cause_of_a_loss_is_what_the_applier_says(told: str, cause: ResyncCause) -> None:
+    lost = stream(at(5), applied=at(4), lost=GENERATION)
+    said = replace(lost, watermark=replace(lost.watermark, lost_cause=told))
+    decision = decide(position(5), {5: 4}, said)
+    assert isinstance(decision, Require)
+    assert decision.cause is cause
