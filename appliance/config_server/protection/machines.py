@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from sqlalchemy import func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from appliance.config_server.discovery.inventory import swapped
 from appliance.config_server.nodes.report_book import Heard
 from appliance.config_server.protection.placement import Candidate
 from appliance.config_server.protection.table import State
@@ -77,7 +78,13 @@ async def _refuse_without_agent(session: AsyncSession, reference: str) -> None:
     agent = None
     if vm.bios_uuid is not None:
         agent = await session.scalar(
-            select(Node.name).where(Node.role == NodeRole.MACHINE, Node.bios_uuid == vm.bios_uuid)
+            select(Node.name)
+            .where(
+                Node.role == NodeRole.MACHINE,
+                Node.bios_uuid.in_((vm.bios_uuid, swapped(vm.bios_uuid))),
+            )
+            .order_by(Node.enrolled_ns)
+            .limit(1)
         )
     if agent is not None:
         raise NotFoundError(

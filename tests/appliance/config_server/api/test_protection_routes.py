@@ -207,23 +207,23 @@ async def test_what_cannot_be_protected_is_refused_with_the_way_out(
                 )
             )
     await rig.enrol(NodeRole.MACHINE, name="mute")
-    await fleet.join("twin", NodeRole.MACHINE, bios_uuid=uuid.UUID(int=7))
     job = await ended(boss, await boss.post("machines/web-1/protect", json={"policy": "gold"}))
     assert job["state"] == "succeeded"
+    await machine(boss, "protected")
+    assert (await boss.get("machines/web-1")).json()["is_virtual"]
+    await fleet.join("twin", NodeRole.MACHINE, bios_uuid=uuid.UUID(int=7))
     for name, status, code, told in (
         ("nobody", 404, "not_found", "no machine nobody"),
         ("lonely", 404, "agent_missing", "not enrolled"),
         ("web-vm", 404, "not_found", "called web-1"),
         ("mute", 409, "conflict", "never reported"),
         ("twin", 409, "conflict", "same BIOS UUID"),
-        ("web-1", 409, "conflict", "is initial-replication"),
+        ("web-1", 409, "conflict", "is protected"),
     ):
         answer = await boss.post(f"machines/{name}/protect", json={"policy": "gold"})
         assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
-        assert told in answer.json()["message"] or "is protected" in answer.json()["message"]
+        assert told in answer.json()["message"]
         assert answer.json()["hint"]
-    vm = (await boss.get("machines/web-1")).json()
-    assert vm["is_virtual"]
 
 
 async def test_a_refused_request_changes_nothing(boss: httpx.AsyncClient, fleet: Fleet) -> None:
