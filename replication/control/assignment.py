@@ -87,8 +87,8 @@ class ProcessServerAssignment(NodeAssignment):
 class AppliedMachine(Message):
     """A machine whose changesets an applier applies, and how long it keeps its points.
 
-    keep: False: its points stay as they are, nothing new is applied (protection has ended, its
-          points are kept). A machine that is not listed any more is removed with its points.
+    apply: False: what is in the cache stays there; no new points.
+    keep:  False: none of its points is thinned any more (protection has ended, they are kept).
     """
 
     id: uuid.UUID
