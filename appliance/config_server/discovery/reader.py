@@ -114,7 +114,7 @@ def explain(error: Exception) -> str:
         case ssl.SSLCertVerificationError():
             text = f"its certificate is not trusted: {error.verify_message}"
         case ssl.SSLError():
-            text = f"TLS fails: {error.reason or error}"
+            text = f"TLS fails: {getattr(error, 'reason', '') or error.strerror or error}"
         case TimeoutError():
             text = f"no answer within {HTTP_SECONDS_MAX:.0f} s"
         case socket.gaierror():
