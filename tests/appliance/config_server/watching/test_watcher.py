@@ -1,8 +1,8 @@
 """From reports in the database to events in the database."""
 
+import asyncio
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +17,14 @@ from appliance.config_server.store.schema import (
     Policy,
     VCenter,
 )
+from appliance.config_server.watching.assessment import Assessment
 from appliance.config_server.watching.config import WatchingConfig
 from appliance.config_server.watching.events import prune
 from appliance.config_server.watching.lease import LEASE_SECONDS
 from appliance.config_server.watching.reason import Code, Severity, State
 from appliance.config_server.watching.watcher import Watcher
 from daemon.service import Health
-from replication.errors import ReplicationError
+from replication.errors import ConflictError, ReplicationError
 from tests.appliance.config_server.watching.scene import (
     APPLIER,
     DAY_NS,
@@ -79,8 +80,8 @@ class Rig:
 
 
 @pytest.fixture
-async def rig(tmp_path: Path) -> Any:
-    async with open_database(f"sqlite+aiosqlite:///{tmp_path}/db") as database:
+async def rig(database_url: str) -> Any:
+    async with open_database(database_url) as database:
         clock = Clock(time.time_ns())
         await set_scene(database, clock())
         yield Rig(database, clock)
@@ -150,6 +151,19 @@ async def test_one_of_two_writes_and_the_other_takes_over(rig: Rig) -> None:
     await rig.look_for(10, cpu_share=0.9, watcher=first)
     assert rig.watcher.open_counts is None, "it noticed that the lease is another's"
     assert len(await rig.events()) == 1
+
+
+async def test_two_at_the_same_moment_write_each_event_once(rig: Rig) -> None:
+    watchers = [rig.watch() for _ in range(3)]
+    for _ in range(8):
+        now_ns = rig.clock.advance(5)
+        await report_all(rig.database, now_ns, cpu_share=0.9)
+        looks = [watcher.look() for watcher in watchers]
+        told = await asyncio.gather(*looks, return_exceptions=True)
+        # Who comes second with the very first row of the lease is told so, and looks again later.
+        assert all(isinstance(one, Assessment | ConflictError) for one in told)
+    assert await rig.events() == [("ps-1", "cpu-high", "warning", True)]
+    assert sum(watcher.open_counts is not None for watcher in watchers) == 1
 
 
 async def test_who_was_stopped_for_long_reads_again_what_is_open(rig: Rig) -> None:
