@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from appliance.cli.api_client import ApiClient, ConflictError
+from appliance.cli.api_client import ApiClient
 from appliance.cli.sign_in import SignIn
 from daemon.durable import write_whole
 from daemon.identity import is_enrolled
 from deploy.lab.layout import VCENTER_USER, Layout
 from deploy.lab.process import Background
-from replication.errors import ReplicationError, UnavailableError
+from replication.errors import ConflictError, ReplicationError, UnavailableError
 
 OPERATOR = "lab-operator"
 POLICY = "lab"
