@@ -27,7 +27,9 @@ def await_power(vcenter: VCenterProcess, name: str, *, on: bool) -> GuestStatus:
     deadline = time.monotonic() + FOLLOW_SECONDS_MAX
     while time.monotonic() < deadline:
         guest = vcenter.status(name)
-        if guest.is_powered_on == on and (guest.workload_pid is not None) == on:
+        is_on = guest.is_powered_on and guest.workload_pid is not None
+        is_off = not any(disk.device for disk in guest.disks) and guest.workload_pid is None
+        if is_on if on else is_off:
             return guest
         time.sleep(0.1)
     raise AssertionError(f"{name} did not follow: {vcenter.log.read_text()}")
