@@ -2,7 +2,17 @@
 
 from collections.abc import Callable, Mapping
 
-from tests.bench import applying, churn, discovery, memory, pause, reading, stream, tracking
+from tests.bench import (
+    applying,
+    churn,
+    control,
+    discovery,
+    memory,
+    pause,
+    reading,
+    stream,
+    tracking,
+)
 from tests.bench.figure import Row
 from tests.bench.place import Place
 
@@ -19,4 +29,5 @@ BENCHMARKS: Mapping[str, Callable[[Place], list[Row]]] = {
     "views": reading.measure_views,
     "merging": reading.measure_merging,
     "discovery": discovery.measure,
+    "control": control.measure,
 }
