@@ -64,7 +64,7 @@ class Watermark:
     restorable_ns: time of the newest recovery point (source's clock), 0 for none.
     wanted:        names of blobs of changesets after ``applied`` that are missing or damaged in
                    the cache: the process server uploads them again, over what is there.
-    lost:          why the stream cannot go on without a new generation; empty while it can.
+    lost:          why the stream cannot go on without a resync; empty while it can.
     lost_generation: the generation that cannot go on; 0 while it can.
     lost_cause:    what kind of loss it is, a ``ResyncCause``; empty while it can go on.
     sums:          the basis whose sums, of the state at ``applied``, are in the cache; NO_BASIS

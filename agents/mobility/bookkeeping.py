@@ -29,15 +29,8 @@ from agents.mobility.reconcile import (
     Stand,
     reconcile,
 )
-from agents.mobility.stream_state import (
-    BlockSets,
-    Pending,
-    Resync,
-    Stage,
-    StreamStateFile,
-    merge,
-    subtract,
-)
+from agents.mobility.resync_stage import Resync, Stage
+from agents.mobility.stream_state import BlockSets, Pending, StreamStateFile, merge, subtract
 from replication.block_set import BlockSet
 from replication.bookmark import GENERATION_LEAP_MAX, Stamp
 from replication.control.report import ResyncCause

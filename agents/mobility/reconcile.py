@@ -10,7 +10,8 @@ The watermark in it is authentic or says nothing: ``believed``.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from agents.mobility.stream_state import Position, Stage
+from agents.mobility.resync_stage import Stage
+from agents.mobility.stream_state import Position
 from replication.bookmark import NOTHING, Stamp
 from replication.control.report import ResyncCause
 from replication.stream import StreamState

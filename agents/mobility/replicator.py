@@ -30,10 +30,11 @@ from agents.mobility.interruption import Interruption
 from agents.mobility.leave import Leave, clear_order
 from agents.mobility.reconcile import believed
 from agents.mobility.resync import Resynchroniser
+from agents.mobility.resync_stage import Stage
 from agents.mobility.source import SourceDisk, is_dirty
 from agents.mobility.status import AgentStatus, ChangesetRecord
 from agents.mobility.stream_client import StreamClient
-from agents.mobility.stream_state import Pending, Stage, StreamStateFile, size_of
+from agents.mobility.stream_state import Pending, StreamStateFile, size_of
 from agents.mobility.upload import upload
 from daemon.service import Service
 from replication.block_set import BLOCK_BYTES

@@ -14,10 +14,11 @@ import structlog
 from agents.mobility.bookkeeping import begin_resync, end_comparison, reopen
 from agents.mobility.compare import Comparison
 from agents.mobility.config import AgentConfig
+from agents.mobility.resync_stage import Stage
 from agents.mobility.source import SourceDisk
 from agents.mobility.status import AgentStatus
 from agents.mobility.stream_client import StreamClient
-from agents.mobility.stream_state import Stage, StreamStateFile, merge, size_of
+from agents.mobility.stream_state import StreamStateFile, merge, size_of
 from agents.mobility.tracker.scan import ScanTracker
 from daemon.service import Service
 from replication.bookmark import Stamp

@@ -14,9 +14,10 @@ from agents.mobility.disk_set import adopt_disks
 from agents.mobility.freeze import Freezer, refuse_own, thaw_all
 from agents.mobility.interruption import find_interruption
 from agents.mobility.replicator import Replicator
+from agents.mobility.resync_stage import Stage
 from agents.mobility.source import SourceDisk
 from agents.mobility.stream_client import StreamClient
-from agents.mobility.stream_state import Stage, StreamStateFile
+from agents.mobility.stream_state import StreamStateFile
 from agents.mobility.tracker import Tracker, reason_untrackable
 from agents.mobility.tracker.ebpf import EbpfTracker
 from agents.mobility.tracker.pins import remove_other_disks

@@ -22,17 +22,16 @@ import struct
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 
 import xxhash
 
 from agents.mobility.device import DeviceIdentity
+from agents.mobility.resync_stage import Resync, Stage
 from daemon.durable import make_folder, storage_error, write_whole
 from replication.block_set import BLOCK_BYTES, BlockSet
 from replication.bookmark import NOTHING, Stamp
-from replication.control.report import ResyncCause
 from replication.document import Document, encode
-from replication.errors import IntegrityError, PeerError, ReplicationError
+from replication.errors import IntegrityError, ReplicationError
 from replication.frame import ATTEMPT_BYTES, DISK_COUNT_MAX
 from replication.manifest import BASIS_BYTES, NO_BASIS
 from replication.watermark import NO_ATTEMPT
@@ -79,36 +78,6 @@ class Pending:
     stamp: Stamp
     attempt: bytes
     whole: bool
-
-
-class Stage(StrEnum):
-    """How far a resync has come."""
-
-    REQUIRED = "required"
-    """Nothing is sent until it may begin: changes alone would claim what is not so."""
-
-    COMPARING = "comparing"
-    """Its generation has begun; the changeset that closes the one before is all that is sent."""
-
-    SENDING = "sending"
-    """What differs is in ``todo``; it ends when all of that has been sent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resync:
-    """A resync that is required or under way.
-
-    cause, reason: why, as a code and in words.
-    ordered:       somebody wants it now, whatever the window.
-    cursor:        while comparing: bytes over all disks, one after another, whose differences from
-                   the state ``Position.basis`` are in ``todo``.
-    """
-
-    cause: ResyncCause
-    reason: str
-    ordered: bool = False
-    stage: Stage = Stage.REQUIRED
-    cursor: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,24 +294,6 @@ def _unsealed(magic: bytes, data: bytes) -> tuple[bytes, bytes]:
     return data[_HEADER.size : end], data[end:]
 
 
-def _resync_tree(resync: Resync) -> dict[str, object]:
-    return {
-        "cause": resync.cause.value,
-        "reason": resync.reason,
-        "ordered": resync.ordered,
-        "stage": resync.stage.value,
-        "cursor": resync.cursor,
-    }
-
-
-def _read_resync(tree: Document) -> Resync:
-    try:
-        cause, stage = ResyncCause(tree.text("cause")), Stage(tree.text("stage"))
-    except ValueError as error:
-        raise PeerError(f"state.resync: {error}") from error
-    return Resync(cause, tree.text("reason"), tree.flag("ordered"), stage, tree.uint("cursor"))
-
-
 def _pack(position: Position, todo: BlockSets) -> bytes:
     pending = position.pending
     public = encode(
@@ -368,7 +319,7 @@ def _pack(position: Position, todo: BlockSets) -> bytes:
                 for disk, identity in sorted(position.identities.items())
             ],
             "basis": position.basis.hex(),
-            "resync": position.resync and _resync_tree(position.resync),
+            "resync": position.resync and position.resync.to_tree(),
             "resync_request": position.resync_request,
         }
     )
@@ -400,7 +351,7 @@ def _unpack(data: bytes) -> tuple[Position, BlockSets]:
             for item in tree.documents("identities", DISK_COUNT_MAX)
         },
         basis=tree.hex("basis", BASIS_BYTES) if "basis" in tree else NO_BASIS,
-        resync=_read_resync(tree.document("resync")) if "resync" in tree else None,
+        resync=Resync.from_document(tree.document("resync")) if "resync" in tree else None,
         resync_request=tree.uint("resync_request") if "resync_request" in tree else 0,
     )
     return position, _unpack_sets(packed)

@@ -84,7 +84,7 @@ class Watcher:
         except PeerError as error:
             self._health.report(part, warning=f"{error}: the one before is kept")
             return found.etag
-        lost = watermark.lost and f"{stream.machine} needs a new generation: {watermark.lost}"
+        lost = watermark.lost and f"{stream.machine} needs a resync: {watermark.lost}"
         self._health.report(part, warning=lost)
         await stream.advance(watermark)
         return found.etag

@@ -16,7 +16,8 @@ from agents.mobility.bookkeeping import (
     settle,
 )
 from agents.mobility.reconcile import believed
-from agents.mobility.stream_state import BlockSets, Pending, Stage, StreamStateFile, merge
+from agents.mobility.resync_stage import Stage
+from agents.mobility.stream_state import BlockSets, Pending, StreamStateFile, merge
 from appliance.applier.resync_record import ResyncRecord
 from appliance.applier.succession import Apply, Gap, Idle, follow
 from appliance.process_server.order import Position, judge_commit

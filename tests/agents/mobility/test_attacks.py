@@ -9,7 +9,8 @@ import pytest
 from agents.mobility.app_scripts import check_scripts
 from agents.mobility.bookkeeping import settle, take_up_repair
 from agents.mobility.device import DeviceIdentity
-from agents.mobility.stream_state import Stage, StreamStateFile
+from agents.mobility.resync_stage import Stage
+from agents.mobility.stream_state import StreamStateFile
 from replication.bookmark import GENERATION_LEAP_MAX, NOTHING, Stamp
 from replication.document import UINT_MAX
 from replication.errors import ConfigError, PeerError

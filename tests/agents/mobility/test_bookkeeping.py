@@ -20,7 +20,8 @@ from agents.mobility.bookkeeping import (
     take_up_repair,
 )
 from agents.mobility.device import DeviceIdentity
-from agents.mobility.stream_state import Pending, Stage, StreamStateFile
+from agents.mobility.resync_stage import Stage
+from agents.mobility.stream_state import Pending, StreamStateFile
 from replication.block_set import BlockSet
 from replication.bookmark import NOTHING, Stamp
 from replication.control.report import ResyncCause

@@ -20,7 +20,8 @@ from agents.mobility.reconcile import (
     believed,
     reconcile,
 )
-from agents.mobility.stream_state import Pending, Position, Resync, Stage
+from agents.mobility.resync_stage import Resync, Stage
+from agents.mobility.stream_state import Pending, Position
 from replication.bookmark import NOTHING, Stamp
 from replication.control.report import ResyncCause
 from replication.stream import StreamState
