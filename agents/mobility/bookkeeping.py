@@ -216,9 +216,10 @@ def end_comparison(state: StreamStateFile) -> None:
 
 
 def reopen(state: StreamStateFile) -> None:
-    """The store has gone back behind the changeset that began the resync: begin it once more.
+    """The store stays behind the changeset that began the resync: begin it once more.
 
     Nothing else has been sent, so the next one, which counts from nothing, closes all the same.
+    Should the first one come after all, it is applied before.
     """
     resync = state.position.resync
     assert resync is not None

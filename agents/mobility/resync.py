@@ -38,8 +38,13 @@ AGAIN_SECONDS = 60.0
 SUMS_SECONDS_WARN = 60.0
 """How long the second site may take before the machine's health says so."""
 
-GONE_BACK_SECONDS = 300.0
-"""How long the store must be behind what it had applied before the resync is begun once more."""
+BEHIND_SECONDS_MIN = 300.0
+BEHIND_SECONDS_MAX = 3600.0
+"""How long the store must be behind what begins the resync before another one is sent.
+
+It may have gone back, or a process server that believed a forged watermark has let go of it: nobody
+asks for what nobody knows of. Doubles each time, for it may as well be slow.
+"""
 
 PART = "resync"
 
@@ -71,6 +76,7 @@ class Resynchroniser:
         self._again_at = 0.0
         self._waits_since: float | None = None
         self._behind_since: float | None = None
+        self._behind_seconds = BEHIND_SECONDS_MIN
         self._to_send_bytes = 0
 
     def tell(self) -> None:
@@ -120,6 +126,7 @@ class Resynchroniser:
         stream = await self._poll()
         self._again_at = time.monotonic() + AGAIN_SECONDS
         self._waits_since = self._behind_since = None
+        self._behind_seconds = BEHIND_SECONDS_MIN
         self._to_send_bytes = 0
         await asyncio.to_thread(
             begin_resync,
@@ -204,15 +211,16 @@ class Resynchroniser:
         self._waits_since = self._waits_since or now
         waited = now - self._waits_since
         applied = stream.watermark.applied
-        if applied < begun <= self._state.position.applied and not stream.watermark.is_blank:
+        if applied < begun and not stream.watermark.is_blank:
             self._behind_since = self._behind_since or now
-            if now - self._behind_since >= GONE_BACK_SECONDS:
+            if now - self._behind_since >= self._behind_seconds:
                 structlog.get_logger().warning(
-                    "the store has gone back; the resync begins once more",
+                    "the second site stays behind what begins the resync: it is sent once more",
                     applied=str(applied),
-                    was=str(begun),
+                    begun=str(begun),
                 )
                 self._behind_since = None
+                self._behind_seconds = min(2 * self._behind_seconds, BEHIND_SECONDS_MAX)
                 await asyncio.to_thread(reopen, self._state)
                 return
         else:

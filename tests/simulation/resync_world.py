@@ -183,8 +183,8 @@ class World:
         watermark = self.state().watermark
         begun = Stamp(position.generation, position.committed)
         if watermark.applied != begun or watermark.sums == NO_BASIS:
-            behind = watermark.applied < begun <= position.applied
-            if behind and not watermark.is_blank and self.rng.random() < 0.1:
+            behind = watermark.applied < begun
+            if behind and not watermark.is_blank and self.rng.random() < 0.03:
                 reopen(self.agent)
             return None
         basis = watermark.sums
