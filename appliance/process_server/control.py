@@ -79,4 +79,7 @@ async def follow(
         tasks.create_task(control.run(report), name="control")
         async for assignment in control.assignments():
             admission.follow(assignment.machines, assignment.revoked)
+            for stream in streams.all:
+                if stream.machine in assignment.ended:
+                    await stream.end()
             control.report_now()

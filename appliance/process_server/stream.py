@@ -224,6 +224,21 @@ class Stream:
             for stamp in list(self.held):
                 await self._drop_held(stamp)
 
+    async def end(self) -> None:
+        """The machine is not protected any more: let go of all that is not applied.
+
+        The position stays, on the disk first: a number that was acknowledged is never used again,
+        should the machine come back.
+        """
+        async with self.lock:
+            if not (self.attempts or self.held):
+                return
+            ledger = Ledger(self.position, self.durable_ns)
+            await self._disk.run(self.spool.write_ledger, self.machine, ledger)
+            await self._drop(list(self.attempts.values()))
+            for stamp in list(self.held):
+                await self._drop_held(stamp)
+
     async def abandon(self, attempts: Iterable[OpenAttempt]) -> None:
         """Give the room of uncommitted attempts back."""
         async with self.lock:

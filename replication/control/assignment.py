@@ -76,11 +76,15 @@ class MachineAssignment(NodeAssignment):
 class ProcessServerAssignment(NodeAssignment):
     """For a process server: whose streams it takes, and which certificates are good no more.
 
+    ended:   machines of which nothing that waits here is wanted any more: their protection has
+             ended, or another process server takes them. A machine that is in neither list may
+             not send, and what it has sent stays.
     revoked: serial numbers in hexadecimal, of certificates that have not yet ended by themselves.
     """
 
     role: ClassVar[NodeRole] = NodeRole.PROCESS_SERVER
     machines: Annotated[tuple[uuid.UUID, ...], Field(max_length=MACHINE_COUNT_MAX)] = ()
+    ended: Annotated[tuple[uuid.UUID, ...], Field(max_length=REVOKED_COUNT_MAX)] = ()
     revoked: Annotated[tuple[str, ...], Field(max_length=REVOKED_COUNT_MAX)] = ()
 
 

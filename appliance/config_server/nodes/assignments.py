@@ -76,12 +76,18 @@ def for_machine(
 def for_process_server(
     node: Node, machines: Iterable[Machine], revoked: Sequence[str]
 ) -> ProcessServerAssignment:
-    """For a process server: machines stay until their protection has ended, so that what is
-    spooled gets through.
+    """For a process server, of all machines: its own stay until their protection has ended, so
+    that what is spooled gets through; then it may let go of what is left.
     """
-    taken = sorted(machine.id for machine in machines if machine.state != State.UNPROTECTED)
+    taken, ended = [], []
+    for machine in sorted(machines, key=lambda machine: machine.id):
+        mine = machine.process_server_id == node.id and machine.state != State.UNPROTECTED
+        (taken if mine else ended).append(machine.id)
     return ProcessServerAssignment(
-        version=node.assignment_version, machines=tuple(taken), revoked=tuple(revoked)
+        version=node.assignment_version,
+        machines=tuple(taken),
+        ended=tuple(ended),
+        revoked=tuple(revoked),
     )
 
 

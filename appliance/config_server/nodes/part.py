@@ -58,9 +58,7 @@ class Nodes:
             protected = Protected(machine, policy) if machine else None
             return for_machine(node, protected, disks, process_server_url=url, now_ns=now_ns)
         if role is NodeRole.PROCESS_SERVER:
-            machines = await session.scalars(
-                select(Machine).where(Machine.process_server_id == node.id)
-            )
+            machines = await session.scalars(select(Machine))
             return for_process_server(node, machines, await revoked_serials(session, now_ns))
         rows = await session.execute(
             select(Machine, Policy)

@@ -58,9 +58,12 @@ wait_seconds = 2.0
 
 
 def assignment(
-    version: int, *machines: uuid.UUID, revoked: tuple[str, ...] = ()
+    version: int,
+    *machines: uuid.UUID,
+    ended: tuple[uuid.UUID, ...] = (),
+    revoked: tuple[str, ...] = (),
 ) -> ProcessServerAssignment:
-    return ProcessServerAssignment(version=version, machines=machines, revoked=revoked)
+    return ProcessServerAssignment(version=version, machines=machines, ended=ended, revoked=revoked)
 
 
 def serial_of(files: TlsFiles) -> str:
@@ -86,6 +89,35 @@ async def test_streams_are_taken_of_assigned_machines_alone_and_they_change(
         assert "not among those" in reply.refusal.message
         await orders.assign(NODE, assignment(3, machine, other))
         await become(lambda: answers(agent, 200), seconds_max=10)
+
+
+async def test_spool_lets_go_of_a_machine_that_has_ended_and_keeps_its_position(
+    server: ProcessServer, orders: Orders
+) -> None:
+    machine, other = uuid.uuid4(), uuid.uuid4()
+    server.start()
+    tls = orders.machine_tls(machine)
+    await orders.assign(NODE, assignment(1, machine))
+
+    async def is_empty() -> bool:
+        return not server.spooled(machine)
+
+    async with Agent(server, machine, tls) as agent:
+        await become(lambda: answers(agent, 200), seconds_max=10)
+        await agent.send(make_changeset(machine, Stamp(1, 1)))  # nobody applies it
+        await agent.put_all(make_changeset(machine, Stamp(1, 2)))  # and it is not committed
+        assert server.spooled(machine)
+        await orders.assign(NODE, assignment(2, other))  # not assigned is not ended
+        await become(lambda: answers(agent, 403), seconds_max=10)
+        assert server.spooled(machine)
+        await orders.assign(NODE, assignment(3, other, ended=(machine,)))
+        await become(is_empty, seconds_max=10)
+    server.kill()
+    server.start()
+    await orders.assign(NODE, assignment(4, machine))
+    async with Agent(server, machine, tls) as agent:
+        await become(lambda: answers(agent, 200), seconds_max=10)
+        assert (await agent.state()).state.committed == Stamp(1, 1)
 
 
 async def test_revoked_certificate_is_refused_on_open_connections_within_seconds(

@@ -22,7 +22,12 @@ HOUR_NS = 3600 * 10**9
 
 def machine(state: State, *, points: str = KEPT, number: int = 1) -> Machine:
     return Machine(
-        id=uuid.UUID(int=number), name="web", state=state, points=points, resync_request=3
+        id=uuid.UUID(int=number),
+        name="web",
+        state=state,
+        points=points,
+        resync_request=3,
+        process_server_id=NODE.id,
     )
 
 
@@ -110,7 +115,15 @@ def test_a_process_server_takes_streams_until_protection_has_ended() -> None:
     told = for_process_server(NODE, machines, ["abc"])
     left_out = {each.id for each in machines} - set(told.machines)
     assert left_out == {each.id for each in machines if each.state == State.UNPROTECTED}
+    assert set(told.ended) == left_out
     assert told.revoked == ("abc",)
+
+
+def test_a_process_server_lets_go_of_machines_that_another_one_takes() -> None:
+    moved = machine(State.PROTECTED)
+    moved.process_server_id = uuid.uuid4()
+    told = for_process_server(NODE, [moved], [])
+    assert (told.machines, told.ended) == ((), (moved.id,))
 
 
 @pytest.mark.parametrize("state", State)
