@@ -17,6 +17,7 @@ from appliance.config_server.identity.administration import (
 )
 from appliance.config_server.serving import serve
 from appliance.config_server.tokens import DAYS_DEFAULT, DAYS_MAX
+from daemon.heap import bound_heap
 from daemon.service import fail, run_daemon
 from replication.control.role import OperatorRole
 from replication.errors import ReplicationError
@@ -29,6 +30,7 @@ def main() -> int:
         config = ConfigServerConfig.load(arguments.config)
         command = _command(config, arguments)
         if command is None:
+            bound_heap()
             return run_daemon(
                 "config-server", config.service, lambda service: serve(service, config)
             )

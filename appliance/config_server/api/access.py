@@ -148,10 +148,11 @@ async def _operator(server: Server, header: str | None, source: str) -> Caller:
     scheme, _, token = header.partition(" ")
     row = None
     if scheme.lower() == "bearer" and len(token) <= TOKEN_CHARS_MAX:
-        async with server.database.reading() as session:
-            row = await session.scalar(
-                select(Token).where(Token.digest == digest_of(token.strip()))
+        row = await server.database.look_up(
+            select(Token.name, Token.role, Token.expires_ns, Token.revoked_ns).where(
+                Token.digest == digest_of(token.strip())
             )
+        )
     if row is None or row.revoked_ns is not None or row.expires_ns <= server.clock():
         server.attempts.failed(source)
         raise UnknownCallerError(
@@ -166,8 +167,11 @@ async def _node(server: Server, peer: Peer | None, source: str) -> Caller:
         raise UnknownCallerError(
             "this needs a node's certificate", hint="enrol the node with the config server"
         )
-    async with server.database.reading() as session:
-        row = await session.get(Certificate, peer.serial)
+    row = await server.database.look_up(
+        select(Certificate.node_id, Certificate.expires_ns, Certificate.revoked_ns).where(
+            Certificate.serial == peer.serial
+        )
+    )
     if (
         row is None
         or row.node_id != peer.node
