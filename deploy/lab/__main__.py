@@ -58,7 +58,8 @@ def _up(stack: Stack, load_seconds: float) -> None:
     console.print(
         f"\nEverything holds, after {time.monotonic() - began:.0f} s. The lab stays up:\n"
         f"  {stack.layout.points}  every recovery point as a folder of disk images\n"
-        "  understudy lab status     how it is\n"
+        f"  source {stack.layout.operator_env}  then: understudy machines, health, jobs, events …\n"
+        "  understudy lab status     what runs\n"
         "  make lab-down             removes every trace"
     )
 

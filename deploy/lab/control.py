@@ -68,12 +68,22 @@ class Operator:
             )
             write_whole(token_path, f"{token.strip()}\n".encode())
         ca_path = os.path.join(self._layout.identity("process-server"), "ca.pem")
+        self._write_environment(token_path, ca_path)
         with open(token_path, encoding="ascii") as token_file, open(ca_path) as ca_file:
             return SignIn(
                 url=self._layout.config_server_url,
                 token=token_file.read().strip(),
                 ca_pem=ca_file.read(),
             )
+
+    def _write_environment(self, token_path: str, ca_path: str) -> None:
+        """What a shell sources to sign in; the token itself stays in its own file."""
+        text = (
+            f'export UNDERSTUDY_URL="{self._layout.config_server_url}"\n'
+            f'export UNDERSTUDY_CA="{ca_path}"\n'
+            f'export UNDERSTUDY_TOKEN="$(cat {token_path})"\n'
+        )
+        write_whole(self._layout.operator_env, text.encode())
 
     def discover(self, names: Sequence[str]) -> list[Seen]:
         """Add the vCenter and wait until its VMs are in the inventory."""

@@ -128,6 +128,11 @@ class Layout:
     def config_server_url(self) -> str:
         return f"https://127.0.0.1:{self.ports.config_server}"
 
+    @property
+    def operator_env(self) -> str:
+        """For a shell to source."""
+        return self.path("operator.env")
+
     def identity(self, node: str) -> str:
         """Where a node keeps its key, its certificate and what it was told."""
         return self.path("identity", node)

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -27,8 +27,35 @@ def lab(tmp_path: Path) -> Iterator[list[str]]:
         subprocess.run([*command, "down"], check=False, timeout=120)
 
 
-def _run(*command: str, seconds_max: float = 60) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds_max, check=False)
+def _run(
+    *command: str, seconds_max: float = 60, environ: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=seconds_max, check=False, env=environ
+    )
+
+
+def _operate(folder: Path, understudy: list[str]) -> None:
+    """What an operator does next, with the sign-in that the lab has written."""
+    script = f"set -a; source {folder}/operator.env; env -0"
+    told = _run("bash", "-c", script).stdout.split("\0")
+    environ = dict(line.split("=", 1) for line in told if "=" in line)
+
+    def run(*arguments: str) -> str:
+        done = _run(*understudy, *arguments, seconds_max=180, environ=environ)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    machines = {row["name"]: row for row in json.loads(run("machines", "--json"))}
+    assert {row["state"] for row in machines.values()} == {"protected"}
+    assert all(row["is_virtual"] for row in machines.values())
+    old_points = json.loads(run("points", "web-01", "--store", f"{folder}/store", "--json"))
+    run("unprotect", "web-01", "--keep-points", "--wait")
+    assert "unprotected" in run("machines")
+    run("protect", "web-01", "--policy", "lab", "--wait")
+    points = json.loads(run("points", "web-01", "--store", f"{folder}/store", "--json"))
+    assert {row["point"] for row in points} > {row["point"] for row in old_points}
+    assert points[-1]["changeset"].startswith("2.")
 
 
 @pytest.mark.timeout(LAB_SECONDS_MAX + 120)
@@ -55,6 +82,7 @@ def test_lab_proves_itself_and_leaves_no_trace(lab: list[str], tmp_path: Path) -
     assert image.stat().st_size == 2 << 30
     assert image.stat().st_blocks * 512 < 1 << 30  # holes are holes again
 
+    _operate(tmp_path / "lab", understudy)
     down = _run(*lab, "down", seconds_max=120)
     assert down.returncode == 0, down.stderr
     folder = str(tmp_path / "lab")

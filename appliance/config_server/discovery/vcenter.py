@@ -8,7 +8,7 @@ Properties are only read through the property collector, where one that is not s
 attributes of an object they raise, and each costs a round trip.
 
 Source: vSphere Web Services API, PropertyCollector (CreateFilter, WaitForUpdatesEx,
-RetrievePropertiesEx), ViewManager, SessionManager; docs/adr/0014-pyvmomi-and-govmomi.md.
+RetrievePropertiesEx), ViewManager, SessionManager; docs/adr/0013-pyvmomi-and-govmomi.md.
 """
 
 import contextlib

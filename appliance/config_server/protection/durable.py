@@ -7,7 +7,7 @@ crosses over to ours. The workflow's id is the job's: started twice, it runs onc
 The application version is pinned: a config server of a newer release goes on with what an older one
 began (a job's row names its steps).
 
-Source: docs/CONTROL.md §9; docs/adr/0013-durable-jobs-on-dbos.md.
+Source: docs/CONTROL.md §9; docs/adr/0012-durable-jobs-on-dbos.md.
 """
 
 import asyncio
