@@ -79,14 +79,17 @@ def for_process_server(
     """For a process server, of all machines: its own stay until their protection has ended, so
     that what is spooled gets through; then it may let go of what is left.
     """
-    taken, ended = [], []
-    for machine in sorted(machines, key=lambda machine: machine.id):
-        mine = machine.process_server_id == node.id and machine.state != State.UNPROTECTED
-        (taken if mine else ended).append(machine.id)
+    known = list(machines)
+    taken = {
+        machine.id
+        for machine in known
+        if machine.process_server_id == node.id and machine.state != State.UNPROTECTED
+    }
+    ended = {machine.id for machine in known} - taken
     return ProcessServerAssignment(
         version=node.assignment_version,
-        machines=tuple(taken),
-        ended=tuple(ended),
+        machines=tuple(sorted(taken)),
+        ended=tuple(sorted(ended)),
         revoked=tuple(revoked),
     )
 

@@ -36,9 +36,7 @@ from replication.errors import InputError, NotFoundError, UnknownCallerError
 router = Router("node")
 AnyNode = Annotated[Caller, needs_node()]
 KeyHolder = Annotated[Caller, needs_node(NodeRole.MACHINE, NodeRole.APPLIER)]
-Said = Annotated[
-    MachineReport | ProcessServerReport | ApplierReport, Body(discriminator="kind")
-]
+Said = Annotated[MachineReport | ProcessServerReport | ApplierReport, Body(discriminator="kind")]
 WaitSeconds = Annotated[float, Query(ge=0, le=WAIT_SECONDS_MAX)]
 
 
@@ -66,9 +64,7 @@ async def assignment(
 
 
 @router.post("/reports")
-async def report(
-    server: ServerOf, caller: AnyNode, said: Said
-) -> ReportAnswer:
+async def report(server: ServerOf, caller: AnyNode, said: Said) -> ReportAnswer:
     """Say how the node is: the whole of it; only the newest counts."""
     if said.kind != caller.role:
         raise InputError(f"kind: a {caller.role} does not report as a {said.kind}")
