@@ -10,6 +10,7 @@ from tests.bench import (
     memory,
     pause,
     reading,
+    resync,
     stream,
     tracking,
 )
@@ -30,4 +31,5 @@ BENCHMARKS: Mapping[str, Callable[[Place], list[Row]]] = {
     "merging": reading.measure_merging,
     "discovery": discovery.measure,
     "control": control.measure,
+    "resync": resync.measure,
 }
