@@ -70,7 +70,7 @@ def _run(folder: Path, count: int, seconds: float) -> tuple[float, float, list[f
             assert agents.stdout is not None
             assert agents.stdout.readline() == "steady\n"
             began, cpu = time.monotonic(), _cpu_seconds(pid)
-            told = json.loads(agents.stdout.read())
+            told = json.loads(agents.stdout.readline())
             share = (_cpu_seconds(pid) - cpu) / (time.monotonic() - began)
             assert agents.wait(STEADY_SECONDS_MAX) == 0
         finally:

@@ -190,7 +190,7 @@ async def _agent(
             poll.cancel()
 
 
-async def _run(folder: Path, port: int, count: int, seconds: float) -> Said:
+async def _run(folder: Path, port: int, count: int, seconds: float) -> None:
     said = Said([])
     turn = asyncio.Semaphore(CONNECTING_AT_ONCE)
     base = f"https://localhost:{port}/api/v1"
@@ -207,20 +207,23 @@ async def _run(folder: Path, port: int, count: int, seconds: float) -> Said:
             if failed is not None:
                 await failed
             await asyncio.sleep(0.2)
-        sys.stdout.write("steady\n")
-        sys.stdout.flush()
+        _tell("steady")
         said.seconds.clear()
         await asyncio.sleep(seconds)
+        _tell(json.dumps({"seconds": said.seconds, "refused": said.refused}))
         for agent in agents:
             agent.cancel()
         await asyncio.gather(*agents, return_exceptions=True)
-    return said
+
+
+def _tell(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def main() -> int:
     folder, port, count, seconds = sys.argv[1:]
-    said = asyncio.run(_run(Path(folder), int(port), int(count), float(seconds)))
-    json.dump({"seconds": said.seconds, "refused": said.refused}, sys.stdout)
+    asyncio.run(_run(Path(folder), int(port), int(count), float(seconds)))
     return 0
 
 

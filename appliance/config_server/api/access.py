@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import Depends, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 
 from appliance.config_server.api.peer import Peer, peer_of
 from appliance.config_server.caller import NOBODY, Caller
@@ -24,6 +24,12 @@ from replication.errors import AccessError, UnknownCallerError
 
 TOKEN_CHARS_MAX = 256
 SAFE_METHODS = frozenset({"GET", "HEAD"})
+_TOKEN = select(Token.name, Token.role, Token.expires_ns, Token.revoked_ns).where(
+    Token.digest == bindparam("digest")
+)
+_CERTIFICATE = select(Certificate.node_id, Certificate.expires_ns, Certificate.revoked_ns).where(
+    Certificate.serial == bindparam("serial")
+)
 _RANK = {role: rank for rank, role in enumerate(OperatorRole)}
 
 
@@ -148,11 +154,7 @@ async def _operator(server: Server, header: str | None, source: str) -> Caller:
     scheme, _, token = header.partition(" ")
     row = None
     if scheme.lower() == "bearer" and len(token) <= TOKEN_CHARS_MAX:
-        row = await server.database.look_up(
-            select(Token.name, Token.role, Token.expires_ns, Token.revoked_ns).where(
-                Token.digest == digest_of(token.strip())
-            )
-        )
+        row = await server.database.look_up(_TOKEN, digest=digest_of(token.strip()))
     if row is None or row.revoked_ns is not None or row.expires_ns <= server.clock():
         server.attempts.failed(source)
         raise UnknownCallerError(
@@ -167,11 +169,7 @@ async def _node(server: Server, peer: Peer | None, source: str) -> Caller:
         raise UnknownCallerError(
             "this needs a node's certificate", hint="enrol the node with the config server"
         )
-    row = await server.database.look_up(
-        select(Certificate.node_id, Certificate.expires_ns, Certificate.revoked_ns).where(
-            Certificate.serial == peer.serial
-        )
-    )
+    row = await server.database.look_up(_CERTIFICATE, serial=peer.serial)
     if (
         row is None
         or row.node_id != peer.node

@@ -44,7 +44,7 @@ class Paging:
     cursor: str | None = None
 
 
-def _paging(
+async def _paging(  # async, or FastAPI would hand it to a thread
     limit: Annotated[int, Query(ge=1, le=LIMIT_MAX)] = LIMIT_DEFAULT,
     cursor: Annotated[str | None, Query(max_length=CURSOR_CHARS_MAX)] = None,
 ) -> Paging:

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Depends, Path, Request
 from pydantic import Field, StringConstraints
 
 from appliance.config_server.api.access import GuardedRoute, server_of
@@ -13,7 +13,13 @@ PREFIX = "/api/v1"
 NAME_CHARS_MAX = 255
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 ._@-]*$"
 
-ServerOf = Annotated[Server, Depends(server_of)]
+
+async def _server(request: Request) -> Server:
+    """Not ``server_of`` itself: FastAPI hands what is not async to a thread."""
+    return server_of(request)
+
+
+ServerOf = Annotated[Server, Depends(_server)]
 """The parameter of a route that reaches the server: ``server: ServerOf``."""
 
 Name = Annotated[

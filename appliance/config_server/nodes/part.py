@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.identity.certificates import revoked_serials
@@ -28,6 +28,7 @@ from replication.control.role import NodeRole
 from replication.errors import ReplicationError
 
 WINDOW_LOOK_SECONDS = 10.0
+_VERSION = select(Node.assignment_version).where(Node.id == bindparam("node"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,9 @@ class Nodes:
         A process server that moved is told to the agents that send to it.
         """
         moved = False
-        async with database.reading() as session:
-            version = await session.scalar(select(Node.assignment_version).where(Node.id == node))
-            if isinstance(report, ProcessServerReport):
+        row = await database.look_up(_VERSION, node=node)
+        if isinstance(report, ProcessServerReport):
+            async with database.reading() as session:
                 moved = await self.url_of(session, node) != report.url
         self.book.put(node, report, now_ns)
         if moved:
@@ -95,7 +96,7 @@ class Nodes:
             async with database.writing() as session:
                 senders = select(Machine.id).where(Machine.process_server_id == node)
                 await self.bump(session, await session.scalars(senders))
-        return version or 0
+        return row.assignment_version if row else 0
 
 
 @contextlib.asynccontextmanager

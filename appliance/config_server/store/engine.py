@@ -52,11 +52,16 @@ class Database:
             async with self._reading() as session:
                 yield session
 
-    async def look_up(self, statement: Select[*Columns]) -> Row[*Columns] | None:
-        """The first row of some columns: what each request needs, at half a session's cost."""
+    async def look_up(
+        self, statement: Select[*Columns], **parameters: object
+    ) -> Row[*Columns] | None:
+        """The first row of some columns: what each request needs, at half a session's cost.
+
+        statement: made once, with a ``bindparam`` for each of ``parameters``.
+        """
         with explained():
             async with self.engine.connect() as connection:
-                return (await connection.execute(statement)).first()
+                return (await connection.execute(statement, parameters)).first()
 
     @contextlib.asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncSession]:
