@@ -33,6 +33,12 @@ from daemon.service import Health, Service
 from replication.control.role import NodeRole, OperatorRole
 
 DAY_NS = 86400 * 10**9
+UNLIMITED = {
+    "requests_per_second": 1e6,
+    "requests_burst": 10**6,
+    "node_requests_per_second": 1e6,
+    "node_requests_burst": 10**6,
+}
 
 
 @dataclass(slots=True)
@@ -118,7 +124,7 @@ async def open_rig(folder: Path, **config: Any) -> AsyncIterator[Rig]:
         unlock_file.touch(0o600)
         unlock_file.write_text("the tests' own unlock passphrase")
     tree.setdefault("identity", {"unlock_file": str(unlock_file)})
-    tree.setdefault("limits", {"requests_per_second": 10_000, "requests_burst": 10_000})
+    tree.setdefault("limits", UNLIMITED)
     clock = Clock()
     service = Service(asyncio.Event(), Health(), CollectorRegistry())
     async with open_server(ConfigServerConfig.model_validate(tree), service, clock=clock) as server:
