@@ -276,6 +276,7 @@ async def test_machine_is_protected_changed_and_let_go_over_the_api(
             await site.replicated(0, first)
             site.start("config-server")
             await site.until("an answer", lambda: boss.get("healthz"))
+            await site.until("its disks again", knows_disks)  # a report, if none was written yet
 
             await done(await boss.post("machines/db/disks", json={"device": second.path}))
             await site.replicated(1, second)
