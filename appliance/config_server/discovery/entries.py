@@ -4,14 +4,14 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.discovery.record import VCenterState
 from appliance.config_server.discovery.service import PASSWORD_TABLE
 from appliance.config_server.discovery.target import Verify, parse_url, tls_context
 from appliance.config_server.store.schema import Machine, VCenter, VirtualMachine
-from replication.errors import ConflictError, NotFoundError
+from replication.errors import ConflictError, InputError, NotFoundError
 
 
 class Sealer(Protocol):
@@ -21,14 +21,14 @@ class Sealer(Protocol):
 
 
 async def find_vcenter(session: AsyncSession, reference: str) -> VCenter:
-    """By name or id. Raises NotFoundError."""
+    """By id, or by name if no id fits. Raises NotFoundError."""
     try:
         by_id: uuid.UUID | None = uuid.UUID(reference)
     except ValueError:
         by_id = None
-    found = await session.scalar(
-        select(VCenter).where(or_(VCenter.name == reference, VCenter.id == by_id))
-    )
+    found = await session.get(VCenter, by_id) if by_id is not None else None
+    if found is None:
+        found = await session.scalar(select(VCenter).where(VCenter.name == reference))
     if found is None:
         raise NotFoundError(
             f"there is no vCenter {reference}", hint="see `understudy vcenters list`"
@@ -84,7 +84,9 @@ async def change_vcenter(
 ) -> VCenter:
     """Change an entry; its reader begins anew, also after a refusal.
 
-    Raises ConflictError when ``revision`` is not the one that is there.
+    Raises ConflictError when ``revision`` is not the one that is there, InputError when the
+    password that is kept would go to whom it was not given for: whoever changes where it goes, or
+    by what the other side is known, says it again.
     """
     row = await find_vcenter(session, reference)
     if revision is not None and revision != row.revision:
@@ -95,6 +97,8 @@ async def change_vcenter(
     new = dict(changes)
     if new.get("name", row.name) != row.name:
         await _refuse_taken_name(session, new["name"])
+    if "password" not in new:
+        _refuse_to_send_elsewhere(row, new)
     if new.get("url", row.url) != row.url:
         new["instance_uuid"] = ""  # another one may be meant
     if "password" in new:
@@ -115,6 +119,28 @@ async def remove_vcenter(session: AsyncSession, reference: str) -> None:
     await session.execute(update(Machine).where(Machine.vm_id.in_(vms)).values(vm_id=None))
     await session.execute(delete(VirtualMachine).where(VirtualMachine.vcenter_id == row.id))
     await session.delete(row)
+
+
+_STRICTNESS = (Verify.NONE, Verify.CA, Verify.PINNED)
+
+
+def _refuse_to_send_elsewhere(row: VCenter, new: Mapping[str, Any]) -> None:
+    strictness = _STRICTNESS.index(Verify(new.get("verify", row.verify)))
+    changed = [
+        name
+        for name, differs in (
+            ("url", new.get("url", row.url) != row.url),
+            ("verify", strictness < _STRICTNESS.index(Verify(row.verify))),
+            ("ca_pem", new.get("ca_pem", row.ca_pem) != row.ca_pem),
+        )
+        if differs
+    ]
+    if changed:
+        raise InputError(
+            f"password: it is needed to change {' and '.join(changed)} of the vCenter {row.name}",
+            hint="give the password in the same request: it would be sent to another host, or "
+            "under a weaker or another check",
+        )
 
 
 def _check(url: str, verify: Verify, ca_pem: str) -> None:

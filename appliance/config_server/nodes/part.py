@@ -73,10 +73,13 @@ class Nodes:
         if process_server is None:
             return ""
         heard = self.book.newest(process_server)
-        if heard is not None and isinstance(heard.report, ProcessServerReport):
-            return heard.report.url
-        document = await session.scalar(select(Node.report).where(Node.id == process_server))
-        return str((document or {}).get("url", ""))
+        found = await session.execute(
+            select(Node.seen_ns, Node.report).where(Node.id == process_server)
+        )
+        seen_ns, document = found.one_or_none() or (0, None)
+        if heard is None or (document is not None and seen_ns > heard.seen_ns):
+            return str((document or {}).get("url", ""))  # another config server heard it later
+        return heard.report.url if isinstance(heard.report, ProcessServerReport) else ""
 
     async def take_report(
         self, database: Database, node: uuid.UUID, report: Report, now_ns: int

@@ -6,7 +6,7 @@ Source: docs/CONTROL.md §6, §9.
 import uuid
 from collections.abc import Sequence
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import ColumnElement, exists, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.discovery.inventory import swapped
@@ -14,7 +14,14 @@ from appliance.config_server.nodes.report_book import Heard
 from appliance.config_server.protection.placement import Candidate
 from appliance.config_server.protection.table import State
 from appliance.config_server.protection.workflow import Ports, read_report
-from appliance.config_server.store.schema import Job, Machine, Node, ProtectedDisk, VirtualMachine
+from appliance.config_server.store.schema import (
+    Certificate,
+    Job,
+    Machine,
+    Node,
+    ProtectedDisk,
+    VirtualMachine,
+)
 from replication.control.report import MachineReport, ProcessServerReport
 from replication.control.role import NodeRole
 from replication.errors import ConflictError, NotFoundError
@@ -23,6 +30,7 @@ HEARD_SECONDS_MAX = 60
 """Who was not heard for longer is not given work: three reports and some."""
 
 _SECOND_NS = 10**9
+_OUT = "it has no certificate that is good"
 
 
 class AgentMissingError(NotFoundError):
@@ -37,25 +45,44 @@ class BusyError(ConflictError):
     code = "busy"
 
 
-async def find_node(session: AsyncSession, reference: str) -> Node:
-    """The machine's node by its name or id.
+async def find_node(session: AsyncSession, reference: str, now_ns: int) -> Node:
+    """The machine's node by its id; by its name if no id fits, while its certificate is good.
 
-    Raises NotFoundError, AgentMissingError for a VM whose agent is not enrolled, ConflictError for
-    a name that two have.
+    A name is what a node says of itself: it may be another one's id, or that of a node which is
+    out. Raises NotFoundError, AgentMissingError for a VM whose agent is not enrolled,
+    ConflictError for a name that two have.
     """
-    wanted = or_(Node.id == _uuid(reference), Node.name == reference)
-    found = (
-        await session.scalars(select(Node).where(Node.role == NodeRole.MACHINE, wanted).limit(2))
-    ).all()
+    machines = select(Node).where(Node.role == NodeRole.MACHINE)
+    node_id = _uuid(reference)
+    by_id = await session.scalar(machines.where(Node.id == node_id)) if node_id else None
+    if by_id is not None:
+        return by_id
+    named = machines.where(Node.name == reference)
+    found = (await session.scalars(named.where(has_live_certificate(now_ns)).limit(2))).all()
     if len(found) == 1:
         return found[0]
     if found:
         raise ConflictError(
             f"more than one machine is called {reference}", hint="name it by its id"
         )
+    out = await session.scalar(named.order_by(Node.enrolled_ns.desc()).limit(1))
+    if out is not None:
+        raise NotFoundError(
+            f"no machine that is called {reference} has a certificate that is good",
+            hint=f"name it by its id: {out.id}",
+        )
     await _refuse_without_agent(session, reference)
     raise NotFoundError(
         f"there is no machine {reference}", hint="`understudy machines` lists those enrolled"
+    )
+
+
+def has_live_certificate(now_ns: int) -> ColumnElement[bool]:
+    """Of a ``Node``: one that is neither revoked nor over."""
+    return exists().where(
+        Certificate.node_id == Node.id,
+        Certificate.revoked_ns.is_(None),
+        Certificate.expires_ns > now_ns,
     )
 
 
@@ -156,8 +183,15 @@ async def candidates(
         .group_by(column)
     )
     counts = {row[0]: row[1] for row in counted}
-    nodes = (await session.scalars(select(Node).where(Node.role == role))).all()
-    return [await _candidate(ports, node, counts.get(node.id, 0), now_ns) for node in nodes]
+    nodes = await session.execute(
+        select(Node, has_live_certificate(now_ns)).where(Node.role == role)
+    )
+    return [
+        await _candidate(ports, node, counts.get(node.id, 0), now_ns)
+        if is_live
+        else Candidate(node.id, node.name, trouble=_OUT, is_live=False)
+        for node, is_live in nodes.all()
+    ]
 
 
 async def _candidate(ports: Ports, node: Node, count: int, now_ns: int) -> Candidate:

@@ -25,6 +25,7 @@ class Candidate:
 
     trouble: why it takes no more machines just now; empty when it does.
     load:    the number of its machines, then what it has stored of what it may, from 0 to 1.
+    is_live: whether it has a good certificate; else its name names it no more.
     """
 
     id: uuid.UUID
@@ -32,6 +33,7 @@ class Candidate:
     machine_count: int = 0
     fill_share: float = 0.0
     trouble: str = ""
+    is_live: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,14 @@ class ChosenDisk:
 
 
 def choose(candidates: Iterable[Candidate], asked: str | None, *, what: str) -> Candidate:
-    """The one that is asked for by name or id, else the least loaded healthy one.
+    """The one that is asked for by id, or by name if no id fits, else the least loaded healthy one.
 
     what: "process server" or "applier". Raises PlacementError.
     """
     known = sorted(candidates, key=lambda each: (each.machine_count, each.fill_share, each.name))
     if asked is not None:
-        found = [each for each in known if asked in (each.name, str(each.id))]
+        found = [each for each in known if asked.lower() == str(each.id)]
+        found = found or [each for each in known if each.is_live and asked == each.name]
         if len(found) != 1:
             raise PlacementError(
                 f"there is {'no' if not found else 'more than one'} {what} {asked}",

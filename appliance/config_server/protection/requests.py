@@ -66,7 +66,7 @@ async def protect(
 ) -> Job:
     """Begin to protect a machine. ``disks``: by device or id; none: all."""
     session, ports, now_ns = asking.session, asking.ports, asking.now_ns
-    node = await find_node(session, reference)
+    node = await find_node(session, reference, now_ns)
     machine = await _machine_for(asking, node)
     await refuse_busy(session, machine)
     step(State(machine.state), Event.PROTECT_ASKED, machine=machine.name)
@@ -118,8 +118,12 @@ async def unprotect(asking: Asking, reference: str, *, keep_points: bool) -> Job
     if machine.state == State.UNPROTECTED and machine.points and not keep_points:
         event = Event.POINTS_REMOVAL_ASKED
     step(State(machine.state), event, machine=machine.name)
-    if not keep_points:
-        machine.points = REMOVING
+    if keep_points and machine.points == REMOVING:
+        raise ConflictError(
+            f"the applier was told to delete the points of {machine.name}: they cannot be kept",
+            hint="unprotect it without keeping the points",
+        )
+    # Only the step that tells the applier marks them: a job that ends before it keeps them.
     return _ask(asking, machine, event, JobKind.UNPROTECT, {"keep_points": keep_points})
 
 
@@ -223,7 +227,7 @@ def _ask(
 
 async def _known(asking: Asking, reference: str) -> Machine:
     """The locked row of a machine that is or was protected."""
-    node = await find_node(asking.session, reference)
+    node = await find_node(asking.session, reference, asking.now_ns)
     return await _machine_for(asking, node)
 
 

@@ -88,6 +88,9 @@ async def _not_enabled(scene: Scene) -> None:
 
 
 async def _tell_all(scene: Scene) -> Verdict:
+    """From this transaction on the applier may delete the points, if that was asked for."""
+    if not scene.job.request["keep_points"]:
+        scene.machine.points = REMOVING
     await scene.tell(scene.machine.id, scene.machine.process_server_id, scene.machine.applier_id)
     return Done()
 

@@ -84,9 +84,17 @@ async def one(
     source: Annotated[str, Path(min_length=1, max_length=NAME_CHARS_MAX)],
     _: Annotated[Caller, needs(OperatorRole.READER)],
 ) -> SourceDocument:
-    """Tell the health of a machine, a process server, an applier or a vCenter, by id or name."""
+    """Tell the health of a machine, a process server, an applier or a vCenter, by id or name.
+
+    A name is looked up if no id fits; of those that have it, whose certificates are good count.
+    """
     assessment = await server.watching.watcher.current()
-    found = [one for one in _sources(assessment) if source in (str(one[1]), one[2])]
+    sources = list(_sources(assessment))
+    found = [one for one in sources if source.lower() == str(one[1])]
+    if not found:
+        out = _without_certificate(assessment, server.clock())
+        named = [one for one in sources if source == one[2]]
+        found = [one for one in named if one[1] not in out] or named
     if not found:
         raise NotFoundError(
             f"there is no machine and no component called {source!r}",
@@ -107,6 +115,13 @@ def _sources(assessment: Assessment) -> Iterator[_Source]:
         yield node.facts.kind, node.facts.id, node.facts.name, node.health
     for vcenter in assessment.vcenters.values():
         yield "vcenter", vcenter.facts.id, vcenter.facts.name, vcenter.health
+
+
+def _without_certificate(assessment: Assessment, now_ns: int) -> frozenset[uuid.UUID]:
+    """Machines and components whose certificates are over or revoked."""
+    ends = {one.facts.id: one.facts.certificate_ns for one in assessment.machines.values()}
+    ends |= {one.facts.id: one.facts.certificate_ns for one in assessment.nodes.values()}
+    return frozenset(source for source, end_ns in ends.items() if end_ns <= now_ns)
 
 
 def _document(assessment: Assessment, source: _Source, now_ns: int) -> SourceDocument:

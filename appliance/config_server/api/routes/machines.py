@@ -150,7 +150,7 @@ async def list_machines(
 async def read_machine(server: ServerOf, machine: Reference, _: Reader) -> MachineDocument:
     """One machine, by name or id."""
     async with server.database.reading() as session:
-        node = await find_node(session, machine)
+        node = await find_node(session, machine, server.clock())
         return (await _documents(server, session, [node]))[0]
 
 

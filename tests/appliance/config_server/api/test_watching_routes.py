@@ -7,7 +7,7 @@ import httpx
 from prometheus_client import generate_latest
 
 from appliance.config_server.store.schema import Event
-from replication.control.role import OperatorRole
+from replication.control.role import NodeRole, OperatorRole
 from tests.appliance.config_server.running import Rig, open_rig
 from tests.appliance.config_server.watching.scene import (
     APPLIER,
@@ -47,6 +47,16 @@ async def test_health_of_everything(tmp_path: Path) -> None:
         assert reason["message"] == "CPU use is 97 %"
         assert reason["cause"]
         assert reason["action"]
+
+
+async def test_health_by_id_is_not_that_of_one_which_is_called_so(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        await set_scene(rig.server.database, rig.clock())
+        await rig.enrol(NodeRole.APPLIER, name=str(MACHINE))
+        await rig.enrol(NodeRole.APPLIER, name="vc-1")
+        reader = rig.operator(OperatorRole.READER)
+        assert (await read(reader, f"health/{MACHINE}"))["kind"] == "machine"
+        assert (await reader.get("health/vc-1")).status_code == 409
 
 
 async def test_health_of_one_by_id_and_by_name(tmp_path: Path) -> None:

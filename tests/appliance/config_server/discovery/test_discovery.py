@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime as dt
 import threading
 import uuid
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from sqlalchemy import select
 from appliance.config_server.discovery.inventory import swapped
 from appliance.config_server.discovery.service import open_discovery
 from appliance.config_server.store.schema import AuditEntry, VCenter, VirtualMachine
+from daemon.certificates import Issuer, certificate_pem
 from replication.control.role import NodeRole, OperatorRole
 from tests.appliance.config_server.discovery.scene import discovering
+from tests.appliance.config_server.running import open_rig
 from tests.vsphere_emu.fixtures import MIB, PASSWORD, Client, MakeVCenter, small_guest
 
 vim: Any = pyvmomi_vim  # its classes are made when they are first asked for
@@ -229,6 +232,39 @@ async def test_certificate_is_checked_by_ca_by_pin_or_not_at_all(
         await scene.until_state("east", "connected")
         await scene.add(west, verify="none", ca_pem="")
         await scene.until_state("west", "connected")
+
+
+async def test_password_goes_nowhere_else_unless_it_is_said_again(tmp_path: Path) -> None:
+    issuers = (Issuer.create(name, dt.timedelta(days=1)) for name in ("ours", "another"))
+    pem, other = (certificate_pem(issuer.certificate).decode() for issuer in issuers)
+    body = {"name": "east", "url": "https://127.0.0.1:1", "username": "u", "password": PASSWORD}
+    async with open_rig(tmp_path) as rig, rig.operator() as operator:
+        made = await operator.post("vcenters", json={**body, "ca_pem": pem})
+        assert made.status_code == 201, made.text
+        loose = {"verify": "none", "password": PASSWORD}
+
+        async def patch(**changes: str) -> int:
+            return (await operator.patch("vcenters/east", json=changes)).status_code
+
+        for changes in (
+            {"url": "https://127.0.0.1:2"},
+            {"verify": "none"},
+            {"ca_pem": other},
+            {"ca_pem": ""},
+            {"verify": "pinned", "ca_pem": other},
+        ):
+            before = (await operator.get("vcenters/east")).json()
+            refused = await operator.patch("vcenters/east", json=changes)
+            assert refused.status_code == 422, changes
+            assert "password" in refused.json()["message"]
+            assert (await operator.get("vcenters/east")).json() == before
+            assert await patch(**changes, password=PASSWORD) == 200
+            assert await patch(**body, verify="ca", ca_pem=pem) == 200
+        assert await patch(username="v", url=body["url"], verify="ca", ca_pem=pem) == 200
+        assert await patch(verify="pinned") == 200  # a stricter check by the same certificate
+        assert await patch(verify="ca") == 422
+        assert await patch(**loose) == 200
+        assert await patch(verify="ca") == 200
 
 
 async def test_password_is_in_no_answer_no_audit_entry_and_not_in_the_clear(

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from appliance.config_server.nodes.part import open_nodes
+from appliance.config_server.nodes.part import Nodes, open_nodes
 from appliance.config_server.nodes.report_book import ReportBook
 from appliance.config_server.nodes.versions import Versions
 from appliance.config_server.nodes.windows import follow_windows
@@ -143,6 +143,27 @@ async def test_agents_are_told_when_their_process_server_moves(database_url: str
                 assert node is not None
                 told = await nodes.assignment(session, node, 1)
             assert told.model_dump()["process_server"] == url
+
+
+async def test_a_process_server_that_moved_is_where_it_said_last_to_whichever_config_server(
+    database_url: str,
+) -> None:
+    async with database_at(database_url) as database:
+        here = Nodes(Versions(database), ReportBook(database))
+        there = Nodes(Versions(database), ReportBook(database))
+
+        async def told(nodes: Nodes) -> str:
+            async with database.reading() as session:
+                return await nodes.url_of(session, TWO)
+
+        assert await told(here) == ""
+        here.book.put(TWO, ProcessServerReport(time_ns=1, url="https://old"), 10)
+        assert await told(here) == "https://old"
+        there.book.put(TWO, ProcessServerReport(time_ns=2, url="https://new"), 20)
+        await there.book.flush()
+        assert [await told(here), await told(there)] == ["https://new", "https://new"]
+        here.book.put(TWO, ProcessServerReport(time_ns=3, url="https://newest"), 30)
+        assert await told(here) == "https://newest"
 
 
 async def test_a_window_that_opens_and_closes_is_told(database_url: str) -> None:

@@ -25,7 +25,7 @@ from appliance.config_server.protection.table import REPLICATING
 from appliance.config_server.protection.transition import REMOVING
 from appliance.config_server.protection.workflow import Ports
 from appliance.config_server.store.engine import Database, open_database
-from appliance.config_server.store.schema import DataKey, Job, Machine, Node
+from appliance.config_server.store.schema import Certificate, DataKey, Job, Machine, Node
 from daemon.service import Health
 from replication.control.report import (
     ApplierReport,
@@ -188,6 +188,17 @@ class Stage:
                 await asyncio.sleep(0.02)
 
 
+def certificate(node: uuid.UUID, now_ns: int) -> Certificate:
+    """A good one."""
+    return Certificate(
+        serial=uuid.uuid4().hex,
+        node_id=node,
+        key_digest="0" * 64,
+        issued_ns=now_ns,
+        expires_ns=now_ns + 90 * 86400 * 10**9,
+    )
+
+
 async def furnish(database: Database, clock: Callable[[], int]) -> None:
     """Nodes of each role and a policy, unless they are there."""
     async with database.writing() as session:
@@ -207,6 +218,8 @@ async def furnish(database: Database, clock: Callable[[], int]) -> None:
                     bios_uuid=uuid.UUID(int=99) if role == "machine" else None,
                 )
             )
+            await session.flush()
+            session.add(certificate(node, clock()))
         settings = PolicySettings(resync_window="always")
         await create_policy(session, "gold", settings, lab=False, now_ns=clock())
 

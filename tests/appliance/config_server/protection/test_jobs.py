@@ -1,12 +1,15 @@
 """Jobs from the request to the end, on real workflows."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
+from appliance.config_server.nodes.assignments import Protected, for_applier
 from appliance.config_server.protection import requests
 from appliance.config_server.protection.config import JobsConfig
 from appliance.config_server.protection.jobs import (
@@ -16,11 +19,18 @@ from appliance.config_server.protection.jobs import (
     find_job,
     steps_of,
 )
-from appliance.config_server.protection.machines import BusyError, disks_of
+from appliance.config_server.protection.machines import (
+    BusyError,
+    candidates,
+    disks_of,
+    find_node,
+)
 from appliance.config_server.protection.table import IllegalTransitionError
-from appliance.config_server.store.schema import DataKey, Job
+from appliance.config_server.protection.transition import KEPT
+from appliance.config_server.store.schema import Certificate, DataKey, Job, Machine, Node
 from replication.control.report import BlockDevice
-from replication.errors import ConflictError
+from replication.control.role import NodeRole
+from replication.errors import ConflictError, NotFoundError
 from tests.appliance.config_server.protection.stage import (
     APPLIER,
     DEVICES,
@@ -29,6 +39,7 @@ from tests.appliance.config_server.protection.stage import (
     MACHINE,
     SERVER,
     Stage,
+    certificate,
     open_stage,
 )
 
@@ -93,6 +104,92 @@ async def test_points_that_were_kept_are_removed_later_and_the_key_stays(stage: 
     assert (machine.state, machine.points, machine.applier_id) == ("unprotected", "", None)
     async with stage.database.reading() as session:
         assert await session.get(DataKey, MACHINE) is not None
+
+
+async def removed_at_the_applier(stage: Stage) -> bool:
+    """What the applier would be told to delete, if it were told now."""
+    async with stage.database.reading() as session:
+        machine = await session.get_one(Machine, MACHINE)
+        node = await session.get_one(Node, APPLIER)
+        return MACHINE in for_applier(node, [Protected(machine, None)]).removed
+
+
+async def test_a_removal_that_is_cancelled_before_the_applier_is_told_keeps_the_points(
+    stage: Stage,
+) -> None:
+    await protect(stage)
+    async with stage.asking() as asking:
+        job = await requests.unprotect(asking, "web-1", keep_points=False)
+        assert (await asking.session.get_one(Machine, MACHINE)).points == KEPT
+        ask_to_cancel(job, asking.now_ns)
+    assert not await removed_at_the_applier(stage)
+    await stage.protection.begin(job.id)
+    assert (await stage.ended(job.id)).state == JobState.CANCELLED
+    assert ((await stage.machine()).state, (await stage.machine()).points) == ("disabling", KEPT)
+    assert not await removed_at_the_applier(stage)
+
+    await done(stage, "unprotect", keep_points=True)
+    machine = await stage.machine()
+    assert (machine.state, machine.points, machine.applier_id) == ("unprotected", KEPT, APPLIER)
+    assert not await removed_at_the_applier(stage)
+
+
+async def test_points_cannot_be_kept_once_the_applier_was_told_to_delete_them(stage: Stage) -> None:
+    await protect(stage)
+    stage.nodes.stubborn.add(APPLIER)
+    job = await ask(stage, "unprotect", keep_points=False)
+    await stage.noted(job.id, 2)
+    assert await removed_at_the_applier(stage)
+    async with stage.database.writing() as session:
+        ask_to_cancel(await find_job(session, job.id), stage.clock())
+    assert (await stage.ended(job.id)).state == JobState.CANCELLED
+    with pytest.raises(ConflictError, match="was told to delete the points"):
+        await ask(stage, "unprotect", keep_points=True)
+    stage.nodes.stubborn.clear()
+    await done(stage, "unprotect", keep_points=False)
+    assert (await stage.machine()).points == ""
+
+
+async def add_node(stage: Stage, name: str, role: NodeRole = NodeRole.MACHINE) -> uuid.UUID:
+    node = uuid.uuid4()
+    async with stage.database.writing() as session:
+        session.add(Node(id=node, role=role, name=name, enrolled_ns=stage.clock()))
+        await session.flush()
+        session.add(certificate(node, stage.clock()))
+    return node
+
+
+async def revoke(stage: Stage, node: uuid.UUID) -> None:
+    async with stage.database.writing() as session:
+        gone = update(Certificate).where(Certificate.node_id == node)
+        await session.execute(gone.values(revoked_ns=stage.clock()))
+
+
+async def test_a_name_that_is_another_ones_id_does_not_hide_it(stage: Stage) -> None:
+    await add_node(stage, str(MACHINE))
+    async with stage.asking() as asking:
+        assert (await find_node(asking.session, str(MACHINE), asking.now_ns)).id == MACHINE
+
+
+async def test_a_name_is_only_of_nodes_with_a_good_certificate(stage: Stage) -> None:
+    older = await add_node(stage, "web-1")
+    with pytest.raises(ConflictError, match="more than one machine"):
+        await ask(stage, "protect", policy="gold")
+    await revoke(stage, older)
+    async with stage.asking() as asking:
+        assert (await find_node(asking.session, "web-1", asking.now_ns)).id == MACHINE
+        assert (await find_node(asking.session, str(older), asking.now_ns)).id == older
+    await revoke(stage, MACHINE)
+    with pytest.raises(NotFoundError, match="has a certificate that is good") as refused:
+        await ask(stage, "protect", policy="gold")
+    assert "by its id" in (refused.value.hint or "")
+
+    twin = await add_node(stage, "applier-1", NodeRole.APPLIER)
+    await revoke(stage, APPLIER)
+    async with stage.asking() as asking:
+        found = await candidates(asking.session, asking.ports, NodeRole.APPLIER, stage.clock())
+    assert {each.id: each.is_live for each in found} == {APPLIER: False, twin: True}
+    assert all(each.trouble for each in found)
 
 
 async def test_a_failing_agent_undoes_the_protection(stage: Stage) -> None:

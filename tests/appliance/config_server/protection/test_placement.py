@@ -30,6 +30,18 @@ def test_one_that_is_asked_for_is_taken_by_name_or_id() -> None:
     assert choose(known, str(known[0].id), what="applier") == known[0]
 
 
+def test_an_id_goes_before_a_name_and_a_name_is_of_those_with_a_certificate() -> None:
+    meant = server("a")
+    named_alike = Candidate(uuid.UUID(int=7), str(meant.id))
+    assert choose([named_alike, meant], str(meant.id), what="applier") == meant
+    out = Candidate(uuid.UUID(int=8), "a", trouble="it has no certificate", is_live=False)
+    assert choose([out, meant], "a", what="applier") == meant
+    with pytest.raises(PlacementError, match="there is no applier a"):
+        choose([out], "a", what="applier")
+    with pytest.raises(PlacementError, match="has no certificate"):
+        choose([out, meant], str(out.id), what="applier")
+
+
 @pytest.mark.parametrize(
     ("known", "asked", "told"),
     [
