@@ -15,14 +15,11 @@ from typing import Any, TypeVar
 import aiohttp
 from pydantic import ValidationError
 
-from daemon.tls import TlsFiles, client_context
+from daemon.tls import CONFIG_SERVER_UNIT, TlsFiles, client_context, demand_unit
 from replication.control.message import Message
 from replication.errors import PeerError, UnavailableError
 
 API_PREFIX = "/api/v1/"
-CONFIG_SERVER_UNIT = "config-server"
-"""Organizational unit of the config server's own certificate."""
-
 ANSWER_BYTES_MAX = 8 << 20
 CONNECT_SECONDS_MAX = 10.0
 CALL_SECONDS_MAX = 30.0
@@ -44,21 +41,10 @@ class RefusedError(PeerError):
         self.reason = reason
 
 
-class _ConfigServerObject(ssl.SSLObject):
-    """Ends the handshake with a server of our CA that is no config server."""
-
-    def do_handshake(self) -> None:
-        super().do_handshake()
-        certificate: Any = self.getpeercert() or {}
-        parts = dict(pair for relative in certificate.get("subject", ()) for pair in relative)
-        if parts.get("organizationalUnitName") != CONFIG_SERVER_UNIT:
-            raise ssl.SSLCertVerificationError("its certificate is not that of a config server")
-
-
 def enrolled_context(files: TlsFiles) -> ssl.SSLContext:
     """For an enrolled node: shows its certificate."""
     context = client_context(files)
-    context.sslobject_class = _ConfigServerObject
+    demand_unit(context, CONFIG_SERVER_UNIT)
     return context
 
 
@@ -70,7 +56,7 @@ def proved_context(ca_pem: str) -> ssl.SSLContext:
         context.load_verify_locations(cadata=ca_pem)
     except ssl.SSLError as error:
         raise PeerError(f"the config server sent a CA that is none: {error}") from error
-    context.sslobject_class = _ConfigServerObject
+    demand_unit(context, CONFIG_SERVER_UNIT)
     return context
 
 

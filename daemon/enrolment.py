@@ -43,6 +43,7 @@ from replication.control.enrolment import (
     Challenge,
     ChallengeRequest,
     Enrolled,
+    PassphraseKind,
     client_proof,
     derive_key,
     server_proof,
@@ -121,18 +122,20 @@ async def _enrol(
     key = await asyncio.to_thread(pending_key, folder)
     client_nonce = secrets.token_bytes(NONCE_BYTES)
     async with calls_to(config.config_server, unproved_context()) as calls:
-        asked = ChallengeRequest(client_nonce=client_nonce.hex())
+        asked = ChallengeRequest(client_nonce=client_nonce.hex(), role=record.role)
         answer = await calls.ask("POST", "enrolment/challenges", body=asked)
     challenge = parse(Challenge, answer, "challenge")
     proof_key = await asyncio.to_thread(derive_key, passphrase, bytes.fromhex(challenge.salt))
     server_nonce = bytes.fromhex(challenge.server_nonce)
     ca = read_certificate(challenge.ca_pem)
-    expected = server_proof(proof_key, client_nonce, server_nonce, certificate_der(ca))
+    expected = server_proof(proof_key, client_nonce, server_nonce, certificate_der(ca), record.role)
     if not hmac.compare_digest(expected, bytes.fromhex(challenge.proof)):
         raise PeerError(
-            f"{config.config_server} does not prove that it knows the enrolment passphrase",
-            hint="is the passphrase the newest one (`understudy-config-server passphrase show`)? "
-            "If it is, somebody stands between: do not go on",
+            f"{config.config_server} does not prove that it knows the enrolment passphrase of a "
+            f"{record.role}",
+            hint="is the passphrase the newest one (`understudy-config-server passphrase show "
+            f"--for {PassphraseKind.of(record.role)}`)? If it is, somebody stands between: do not "
+            "go on",
         )
     csr_pem = signing_request(key, str(record.id)).decode()
     request = CertificateRequest(
@@ -162,7 +165,8 @@ def add_enrol_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--passphrase-file",
         metavar="FILE",
-        help="holds the enrolment passphrase, mode 0600; - reads it from standard input",
+        help="holds the enrolment passphrase for nodes of this kind, mode 0600; - reads it from "
+        "standard input",
     )
     group.add_argument("--name", help="what people call this node; default: the host's name")
     group.add_argument(

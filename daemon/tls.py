@@ -3,9 +3,13 @@
 import os
 import ssl
 import stat
+from typing import Any
 
 from daemon.config import Section
 from replication.errors import ConfigError
+
+CONFIG_SERVER_UNIT = "config-server"
+"""Organizational unit of the config server's own certificate; a node's is its role."""
 
 
 class TlsFiles(Section):
@@ -26,6 +30,40 @@ def server_context(files: TlsFiles) -> ssl.SSLContext:
 def client_context(files: TlsFiles) -> ssl.SSLContext:
     """For a client that shows its own certificate and checks the server's name."""
     return _context(files, ssl.PROTOCOL_TLS_CLIENT)
+
+
+def demand_unit(context: ssl.SSLContext, unit: str) -> None:
+    """Speak only to servers whose certificate has this organizational unit.
+
+    All servers under one config server have certificates of its CA; none may pass for another
+    kind. Handshakes with others end with ssl.SSLCertVerificationError.
+    """
+
+    class UnitObject(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            super().do_handshake()
+            _check_unit(self.getpeercert(), unit)
+
+    class UnitSocket(ssl.SSLSocket):
+        def do_handshake(self, block: bool = False) -> None:
+            super().do_handshake(block)
+            _check_unit(self.getpeercert(), unit)
+
+    context.sslobject_class = UnitObject
+    context.sslsocket_class = UnitSocket
+
+
+def _check_unit(certificate: Any, unit: str) -> None:
+    subject = (certificate or {}).get("subject", ())
+    units = [
+        value
+        for relative in subject
+        for name, value in relative
+        if name == "organizationalUnitName"
+    ]
+    if units != [unit]:
+        what = unit.replace("-", " ")
+        raise ssl.SSLCertVerificationError(f"its certificate is not that of a {what}")
 
 
 def _context(files: TlsFiles, protocol: int) -> ssl.SSLContext:

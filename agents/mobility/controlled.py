@@ -29,6 +29,7 @@ from daemon.load import LoadMeter
 from daemon.service import Health, Service
 from replication.control.assignment import MachineAssignment, ResyncOrder
 from replication.control.report import BlockDevice, MachineReport, Phase
+from replication.control.role import NodeRole
 from replication.errors import ReplicationError
 
 RETRY_SECONDS_MIN = 1.0
@@ -201,6 +202,7 @@ class ControlledAgent:
                 Service(stop, health, self._service.registry),
                 on_running=self._on_running,
                 order=self._order,
+                server_unit=NodeRole.PROCESS_SERVER,
             ),
             name="run",
         )

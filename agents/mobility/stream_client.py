@@ -17,7 +17,7 @@ import structlog
 
 from agents.mobility.config import SendConfig
 from agents.mobility.frame_builder import Segment
-from daemon.tls import TlsFiles, client_context
+from daemon.tls import TlsFiles, client_context, demand_unit
 from replication.bookmark import Stamp
 from replication.errors import (
     CaptureError,
@@ -64,7 +64,10 @@ class Pace:
 
 
 class StreamClient:
-    """Requests to one process server for one machine; an async context manager."""
+    """Requests to one process server for one machine; an async context manager.
+
+    server_unit: organizational unit that the server's certificate must have; empty: any.
+    """
 
     def __init__(
         self,
@@ -75,10 +78,13 @@ class StreamClient:
         *,
         stopping: asyncio.Event,
         on_trouble: Callable[[str], None],
+        server_unit: str = "",
     ) -> None:
         self._origin = origin
         self._machine = machine
         self._context = client_context(tls)
+        if server_unit:
+            demand_unit(self._context, server_unit)
         self._config = config
         self._stopping = stopping
         self._on_trouble = on_trouble

@@ -45,13 +45,15 @@ async def replicate(
     *,
     on_running: Callable[[Running], None],
     order: Callable[[], ResyncOrder] | None = None,
+    server_unit: str = "",
 ) -> None:
     """Replicate until ``service.stop`` is set; trackers go on tracking afterwards.
 
     The machine's folder of state is this process's alone already. Raises ReplicationError where a
     disk is missing, cannot be tracked, or has become another one under the run.
 
-    order: the config server's newest word on resyncs; without one the configuration's counts.
+    order:       the config server's newest word on resyncs; without one the configuration's counts.
+    server_unit: organizational unit of a process server's certificate; empty: not looked at.
     """
     with contextlib.ExitStack() as stack:
         state = StreamStateFile(config.state_folder, config.machine)
@@ -82,6 +84,7 @@ async def replicate(
             config.send,
             stopping=service.stop,
             on_trouble=on_trouble,
+            server_unit=server_unit,
         ) as client:
             replicator = Replicator(
                 config,

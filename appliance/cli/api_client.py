@@ -14,6 +14,7 @@ from urllib.parse import quote
 import httpx
 
 from appliance.cli.sign_in import SignIn, require_sign_in
+from daemon.tls import CONFIG_SERVER_UNIT, demand_unit
 from replication.errors import (
     AccessError,
     ConfigError,
@@ -167,8 +168,9 @@ class ApiClient:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, ssl.SSLCertVerificationError):
+                told = getattr(cause, "verify_message", "") or str(cause)
                 return PeerError(
-                    f"the certificate of {self._url} cannot be trusted: {cause.verify_message}",
+                    f"the certificate of {self._url} cannot be trusted: {told}",
                     hint="sign in with --ca FILE or --fingerprint; on its host, "
                     "`understudy-config-server ca` tells both",
                 )
@@ -202,10 +204,15 @@ def _retry_after_seconds(answer: httpx.Response) -> float | None:
 
 
 def tls_context(ca_pem: str) -> ssl.SSLContext:
-    """Trusts that CA alone; the system's where none is given."""
+    """Trusts that CA alone, and of its servers the config server alone; without one the system's.
+
+    The process servers have certificates of the same CA, and must not be given a token.
+    """
     try:
         context = ssl.create_default_context(cadata=ca_pem or None)
     except ssl.SSLError as error:
         raise ConfigError("the CA is not a PEM certificate", hint="name it with --ca") from error
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if ca_pem:
+        demand_unit(context, CONFIG_SERVER_UNIT)
     return context

@@ -1,4 +1,4 @@
-"""``understudy certificates``: of nodes, and how one is shut out."""
+"""``understudy certificates``: of nodes, how one is shut out, and how it is let in again."""
 
 import time
 from typing import Annotated, Any
@@ -9,7 +9,9 @@ from appliance.cli.api_client import ApiClient, connect, part
 from appliance.cli.output import AsJson, Column, instant, print_json, print_line, print_rows
 from replication.errors import ConflictError, NotFoundError
 
-app = typer.Typer(no_args_is_help=True, help="Nodes' certificates: list them, shut a node out.")
+app = typer.Typer(
+    no_args_is_help=True, help="Nodes' certificates: list them, shut a node out, let one come back."
+)
 
 
 @app.command("list")
@@ -49,7 +51,7 @@ def revoke(
     *,
     as_json: AsJson = False,
 ) -> None:
-    """Revoke a node's certificates: it is refused at once, until it is enrolled again."""
+    """Revoke a node's certificates: refused at once, until it is allowed and enrolled again."""
     with connect() as api:
         revoked = api.post(f"/certificates/{part(_serial(api, certificate))}/revoke")
     if as_json:
@@ -60,22 +62,52 @@ def revoke(
         print_line(f"{revoked['certificate']['name']}: {count} {noun} good no more.")
 
 
+@app.command()
+def allow(
+    node: Annotated[str, typer.Argument(metavar="NODE", help="A node's name or id.")],
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Let a node without a good certificate enrol with a new key: once, within an hour."""
+    with connect() as api:
+        allowed = api.post(f"/certificates/allow/{part(_node(api, node))}")
+    if as_json:
+        print_json(allowed)
+    else:
+        until = instant(allowed["until_ns"])
+        print_line(f"{allowed['name']} may enrol with a new key until {until}: `enrol --again`.")
+
+
+def _node(api: ApiClient, wanted: str) -> str:
+    found = api.items("/certificates")
+    nodes = {one["node"] for one in found if wanted in (one["name"], one["node"])}
+    if not nodes:
+        raise NotFoundError(
+            f"no node {wanted!r} was ever enrolled", hint="`understudy certificates list --all`"
+        )
+    return str(_only(nodes, wanted))
+
+
+def _only(nodes: set[str], wanted: str) -> str:
+    if len(nodes) > 1:
+        raise ConflictError(
+            f"{len(nodes)} nodes are called {wanted!r}",
+            hint="give a serial or an id: `understudy certificates list --all --json`",
+        )
+    return next(iter(nodes))
+
+
 def _serial(api: ApiClient, wanted: str) -> str:
     found = api.items("/certificates")
     if any(one["serial"] == wanted for one in found):
         return wanted
     named = [one for one in found if wanted in (one["name"], one["node"]) and _is_good(one)]
-    nodes = {one["node"] for one in named}
-    if len(nodes) > 1:
-        raise ConflictError(
-            f"{len(nodes)} nodes are called {wanted!r}",
-            hint="give a serial or an id: `understudy certificates list --json`",
-        )
     if not named:
         raise NotFoundError(
             f"no good certificate has the serial or belongs to the node {wanted!r}",
             hint="`understudy certificates list --all`",
         )
+    _only({one["node"] for one in named}, wanted)
     return str(named[0]["serial"])
 
 

@@ -21,7 +21,8 @@ from appliance.cli.sign_in import (
     sign_in_file,
     store_sign_in,
 )
-from replication.control.enrolment import NONCE_BYTES
+from replication.control.enrolment import NONCE_BYTES, ChallengeRequest
+from replication.control.role import NodeRole
 from replication.errors import ConfigError, PeerError, UnavailableError
 
 _DIGEST_PREFIX = "sha256:"
@@ -85,10 +86,12 @@ def _fetch_ca(url: str, fingerprint: str) -> str:
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
+    asked = ChallengeRequest(client_nonce=secrets.token_hex(NONCE_BYTES), role=NodeRole.MACHINE)
     try:
         answer = httpx.post(
             f"{url}{API_PREFIX}/enrolment/challenges",
-            json={"client_nonce": secrets.token_hex(NONCE_BYTES)},
+            content=asked.model_dump_json(),
+            headers={"Content-Type": "application/json"},
             verify=context,
             timeout=TIMEOUT_SECONDS,
             trust_env=False,

@@ -19,6 +19,7 @@ from appliance.config_server.serving import serve
 from appliance.config_server.tokens import DAYS_DEFAULT, DAYS_MAX
 from daemon.heap import bound_heap
 from daemon.service import fail, run_daemon
+from replication.control.enrolment import PassphraseKind
 from replication.control.role import OperatorRole
 from replication.errors import ReplicationError
 
@@ -56,9 +57,9 @@ def _command(
         case "token", "revoke":
             return administration.end_token(config, arguments.name)
         case "passphrase", "rotate":
-            return rotate_passphrase(config)
+            return rotate_passphrase(config, PassphraseKind(arguments.kind))
         case "passphrase", _:
-            return show_passphrase(config)
+            return show_passphrase(config, PassphraseKind(arguments.kind))
         case "ca", _:
             return show_ca(config, fingerprint=arguments.fingerprint)
         case "reseal", _:
@@ -85,13 +86,21 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("list", help="list the tokens")
     revoke = verbs.add_parser("revoke", help="make a token worthless")
     revoke.add_argument("name", metavar="NAME", type=_name)
-    passphrase = commands.add_parser("passphrase", help="the enrolment passphrase of nodes")
+    passphrase = commands.add_parser("passphrase", help="the enrolment passphrases of nodes")
     passphrase.add_argument(
         "verb",
         nargs="?",
         choices=("show", "rotate"),
         default="show",
         help="print it (the default); make a new one, and the old one worthless",
+    )
+    passphrase.add_argument(
+        "--for",
+        dest="kind",
+        choices=[*PassphraseKind],
+        default=PassphraseKind.MACHINES,
+        help="whom it lets in: machines (the default), or the appliance's process servers and "
+        "appliers",
     )
     ca = commands.add_parser("ca", help="the CA's certificate, for `understudy login --ca`")
     ca.add_argument("--fingerprint", action="store_true", help="its digest instead")

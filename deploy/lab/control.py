@@ -18,6 +18,7 @@ from daemon.durable import write_whole
 from daemon.identity import is_enrolled
 from deploy.lab.layout import VCENTER_USER, Layout
 from deploy.lab.process import Background
+from replication.control.enrolment import PassphraseKind
 from replication.errors import ConflictError, ReplicationError, UnavailableError
 
 OPERATOR = "lab-operator"
@@ -27,6 +28,7 @@ JOB_SECONDS_MAX = 120.0
 DISCOVERY_SECONDS_MAX = 30.0
 TICK_SECONDS = 0.25
 ENROLMENTS_AT_ONCE = 2
+_AGENT = "agent-"
 _ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -46,16 +48,20 @@ class Operator:
         self._layout = layout
 
     def enrol_all(self, parts: Sequence[Background]) -> None:
-        """Enrol daemons that are not: each proves the passphrase that the config server made."""
+        """Enrol daemons that are not: each proves the passphrase that its kind has."""
         left = [part for part in parts if not is_enrolled(self._layout.identity(_node_of(part)))]
         if not left:
             return
-        passphrase = self._config_server("passphrase", "show")
+        passphrases = {
+            kind: self._config_server("passphrase", "show", "--for", kind)
+            for kind in {_passphrase_of(part) for part in left}
+        }
         with ThreadPoolExecutor(ENROLMENTS_AT_ONCE) as pool:
-            for _ in pool.map(lambda part: self._enrol(part, passphrase), left):
+            for _ in pool.map(lambda part: self._enrol(part, passphrases), left):
                 pass
 
-    def _enrol(self, part: Background, passphrase: str) -> None:
+    def _enrol(self, part: Background, passphrases: dict[PassphraseKind, str]) -> None:
+        passphrase = passphrases[_passphrase_of(part)]
         told = ("--name", _node_of(part), "--passphrase-file", "-")
         self._run(part.module, part.name, "enrol", *told, typed=passphrase)
 
@@ -177,4 +183,10 @@ class Operator:
 
 def _node_of(part: Background) -> str:
     """What a daemon is called as a node: an agent has the name of its machine."""
-    return part.name.removeprefix("agent-")
+    return part.name.removeprefix(_AGENT)
+
+
+def _passphrase_of(part: Background) -> PassphraseKind:
+    """Agents prove the machines' one, all others the appliance's."""
+    is_agent = part.name.startswith(_AGENT)
+    return PassphraseKind.MACHINES if is_agent else PassphraseKind.APPLIANCE

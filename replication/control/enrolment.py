@@ -2,8 +2,8 @@
 
 The node asks for a challenge; the server's answer carries its CA and proves it; the node makes a
 key and a signing request, and proves that. Both proofs are HMAC-SHA256 under a key that scrypt
-derives from the passphrase; each names its direction and binds both nonces, so that neither can be
-played back.
+derives from the passphrase of the node's role; each names its direction and binds the role and both
+nonces, so that neither can be played back.
 
 Source: docs/CONTROL.md §3; RFC 2104 (HMAC), RFC 7914 (scrypt), RFC 2986 (signing request).
 """
@@ -11,6 +11,7 @@ Source: docs/CONTROL.md §3; RFC 2104 (HMAC), RFC 7914 (scrypt), RFC 2986 (signi
 import hashlib
 import hmac
 import uuid
+from enum import StrEnum
 from typing import Annotated
 
 from pydantic import Field
@@ -36,10 +37,30 @@ Name = Annotated[
 HostName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9:._-]+$")]
 
 
+class PassphraseKind(StrEnum):
+    """Whom an enrolment passphrase lets in.
+
+    The one for machines is known on every machine that is protected. Whoever has it must not be
+    able to take streams and data keys: the parts of the appliance have another one.
+    """
+
+    MACHINES = "machines"
+    APPLIANCE = "appliance"
+
+    @classmethod
+    def of(cls, role: NodeRole) -> "PassphraseKind":
+        """The one that a node of ``role`` proves."""
+        return cls.MACHINES if role is NodeRole.MACHINE else cls.APPLIANCE
+
+
 class ChallengeRequest(Message):
-    """``POST /api/v1/enrolment/challenges``."""
+    """``POST /api/v1/enrolment/challenges``.
+
+    role: of the node; it says under which passphrase's key both prove.
+    """
 
     client_nonce: Nonce
+    role: NodeRole
 
 
 class Challenge(Message):
@@ -100,9 +121,11 @@ def derive_key(passphrase: str, salt: bytes) -> bytes:
     )
 
 
-def server_proof(key: bytes, client_nonce: bytes, server_nonce: bytes, ca_der: bytes) -> bytes:
-    """That the CA is the one of whoever knows the passphrase."""
-    return _proof(key, b"server", client_nonce, server_nonce, ca_der)
+def server_proof(
+    key: bytes, client_nonce: bytes, server_nonce: bytes, ca_der: bytes, role: NodeRole
+) -> bytes:
+    """That the CA is the one of whoever knows the passphrase of ``role``."""
+    return _proof(key, b"server", role.encode(), client_nonce, server_nonce, ca_der)
 
 
 def client_proof(
@@ -114,7 +137,9 @@ def client_proof(
 ) -> bytes:
     """That the signing request, and what is claimed beside it, comes from who knows it."""
     claims = request.model_copy(update={"proof": "", "csr_pem": ""}).model_dump_json().encode()
-    return _proof(key, b"client", client_nonce, server_nonce, csr_der, claims)
+    return _proof(
+        key, b"client", request.role.encode(), client_nonce, server_nonce, csr_der, claims
+    )
 
 
 def _proof(key: bytes, *parts: bytes) -> bytes:

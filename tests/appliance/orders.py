@@ -26,10 +26,9 @@ from daemon.certificates import (
     serial_text,
     subject,
 )
-from daemon.control_call import CONFIG_SERVER_UNIT
 from daemon.durable import make_folder, write_whole
 from daemon.identity import CA_FILE, NODE_FILE, PAIR_FILE, NodeIdentity, NodeRecord, load
-from daemon.tls import TlsFiles
+from daemon.tls import CONFIG_SERVER_UNIT, TlsFiles
 from replication.control.assignment import Assignment
 from replication.control.enrolment import Enrolled
 from replication.control.message import Message
@@ -141,7 +140,7 @@ class Orders:
 
         def newer() -> Message | None:
             found = self._assignments.get(node)
-            return found if found is not None and getattr(found, "version", 0) > after else None
+            return found if found is not None and getattr(found, "version", 0) != after else None
 
         try:
             async with asyncio.timeout(WAIT_SECONDS), self._changed:

@@ -64,6 +64,10 @@ async def test_an_enrolled_node_does_not_enrol_again_by_accident(tmp_path: Path)
         assert first.serial in str(caught.value.hint)
         assert load(config.identity_folder) == first
         await control.rig.operator().post(f"certificates/{first.serial}/revoke")
+        with pytest.raises(RefusedError, match="known with another key") as caught:
+            await control.enrol(NodeRole.APPLIER, config=config, again=True)
+        assert f"certificates allow {first.node}" in str(caught.value.hint)
+        await control.rig.operator().post(f"certificates/allow/{first.node}")
         again = await control.enrol(NodeRole.APPLIER, config=config, again=True)
         assert (again.node, again.serial == first.serial) == (first.node, False)
 
@@ -79,6 +83,7 @@ async def test_a_pending_key_that_was_revoked_is_given_up(tmp_path: Path) -> Non
         pending.touch(0o600)
         pending.write_bytes(pair[: pair.index(b"-----BEGIN CERTIFICATE")])
         await control.rig.operator().post(f"certificates/{identity.serial}/revoke")
+        await control.rig.operator().post(f"certificates/allow/{identity.node}")
         again = await control.enrol(NodeRole.APPLIER, config=config, again=True)
         assert again.node == identity.node
         assert not pending.exists()
@@ -155,9 +160,9 @@ def impostor(tmp_path: Path) -> tuple[Keyring, ssl.SSLContext]:
 def forged(keyring: Keyring, passphrase: str, body: dict[str, Any]) -> Challenge:
     salt, nonce = bytes(16), bytes(32)
     ca_der = certificate_der(keyring.ca.certificate)
-    proof = server_proof(
-        derive_key(passphrase, salt), bytes.fromhex(body["client_nonce"]), nonce, ca_der
-    )
+    key = derive_key(passphrase, salt)
+    role = NodeRole(body["role"])
+    proof = server_proof(key, bytes.fromhex(body["client_nonce"]), nonce, ca_der, role)
     return Challenge(
         challenge=uuid.uuid4(),
         server_nonce=nonce.hex(),
@@ -295,7 +300,7 @@ async def test_the_command_enrols_and_tells(
     async with open_control(tmp_path) as control:
         path = tmp_path / "passphrase"
         path.touch(0o600)
-        path.write_text((await control.passphrase()).upper() + "\n")
+        path.write_text((await control.passphrase(NodeRole.APPLIER)).upper() + "\n")
         config = control.config("node")
         code = await asyncio.to_thread(
             enrol_command, options("--passphrase-file", str(path)), config, NodeRole.APPLIER

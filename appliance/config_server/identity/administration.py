@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from appliance.config_server.audit import Audit
 from appliance.config_server.caller import LOCAL_OPERATOR
 from appliance.config_server.config import ConfigServerConfig
-from appliance.config_server.identity.identity import IDENTITY_FOLDER, ensure_passphrase
+from appliance.config_server.identity.identity import IDENTITY_FOLDER, ensure_passphrases
 from appliance.config_server.identity.keyring import Keyring, open_keyring, reseal
 from appliance.config_server.identity.passphrase import (
     Passphrase,
@@ -19,24 +19,29 @@ from appliance.config_server.identity.passphrase import (
     write_passphrase,
 )
 from appliance.config_server.store.engine import Database, open_database
+from replication.control.enrolment import PassphraseKind
 
 
-async def show_passphrase(config: ConfigServerConfig) -> str:
-    """The present enrolment passphrase; before the first start it is made."""
+async def show_passphrase(
+    config: ConfigServerConfig, kind: PassphraseKind = PassphraseKind.MACHINES
+) -> str:
+    """The present enrolment passphrase of that kind; before the first start it is made."""
     async with _opened(config) as (database, keyring):
-        await ensure_passphrase(database, keyring.vault)
+        await ensure_passphrases(database, keyring.vault)
         async with database.reading() as session:
-            passphrase = await read_passphrase(session, keyring.vault)
+            passphrase = await read_passphrase(session, keyring.vault, kind)
     assert passphrase is not None
     return passphrase.text
 
 
-async def rotate_passphrase(config: ConfigServerConfig) -> str:
-    """A new enrolment passphrase; the old one is worth nothing from now on."""
+async def rotate_passphrase(
+    config: ConfigServerConfig, kind: PassphraseKind = PassphraseKind.MACHINES
+) -> str:
+    """A new enrolment passphrase of that kind; the old one is worth nothing from now on."""
     async with _opened(config) as (database, keyring), database.writing() as session:
-        passphrase = await write_passphrase(session, keyring.vault, Passphrase.create())
+        passphrase = await write_passphrase(session, keyring.vault, kind, Passphrase.create())
         audit = Audit(database, time.time_ns)
-        audit.add(session, LOCAL_OPERATOR, "passphrase.rotate", "enrolment")
+        audit.add(session, LOCAL_OPERATOR, "passphrase.rotate", kind)
     return passphrase.text
 
 

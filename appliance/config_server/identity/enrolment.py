@@ -19,9 +19,11 @@ from replication.control.enrolment import (
     NONCE_BYTES,
     CertificateRequest,
     Challenge,
+    PassphraseKind,
     client_proof,
     server_proof,
 )
+from replication.control.role import NodeRole
 from replication.errors import InputError, LimitError, PeerError, UnknownCallerError
 
 CHALLENGE_SECONDS = 60
@@ -38,7 +40,7 @@ class Taken:
 
 
 class WrongProofError(UnknownCallerError):
-    """Whoever asks for a certificate does not know the enrolment passphrase."""
+    """Whoever asks for a certificate does not know the enrolment passphrase of that role."""
 
 
 class Enrolment:
@@ -48,8 +50,10 @@ class Enrolment:
         self._keyring = keyring
         self._keys = ProofKeys()
 
-    async def challenge(self, session: AsyncSession, client_nonce: bytes, now_ns: int) -> Challenge:
-        """A new challenge, and the proof that our CA is ours.
+    async def challenge(
+        self, session: AsyncSession, client_nonce: bytes, role: NodeRole, now_ns: int
+    ) -> Challenge:
+        """A new challenge for a node of ``role``, and the proof that our CA is ours.
 
         Raises LimitError when CHALLENGES_MAX are out.
         """
@@ -62,7 +66,7 @@ class Enrolment:
                 hint="try again in a minute",
                 retry_after_seconds=CHALLENGE_SECONDS,
             )
-        passphrase = await self._passphrase(session)
+        passphrase, key = await self._proving(session, role)
         row = ChallengeRow(
             id=uuid.uuid4(),
             client_nonce=client_nonce,
@@ -70,8 +74,7 @@ class Enrolment:
             expires_ns=now_ns + CHALLENGE_SECONDS * _NS,
         )
         session.add(row)
-        key = await self._keys.of(passphrase)
-        proof = server_proof(key, client_nonce, row.server_nonce, self._keyring.ca_der)
+        proof = server_proof(key, client_nonce, row.server_nonce, self._keyring.ca_der, role)
         return Challenge(
             challenge=row.id,
             server_nonce=row.server_nonce.hex(),
@@ -109,21 +112,24 @@ class Enrolment:
                 hint="enrol again; are both clocks right?",
             )
         signing_request = read_signing_request(request.csr_pem)
-        key = await self._keys.of(await self._passphrase(session))
+        _, key = await self._proving(session, request.role)
         expected = client_proof(
             key, taken.client_nonce, taken.server_nonce, signing_request.der, request
         )
         if not hmac.compare_digest(expected, bytes.fromhex(request.proof)):
             raise WrongProofError(
-                "the proof of the enrolment passphrase is wrong",
-                hint="`understudy-config-server passphrase show` tells the present one",
+                f"the proof of the enrolment passphrase of a {request.role} is wrong",
+                hint="`understudy-config-server passphrase show --for "
+                f"{PassphraseKind.of(request.role)}` tells the present one",
             )
         return signing_request
 
-    async def _passphrase(self, session: AsyncSession) -> Passphrase:
-        passphrase = await read_passphrase(session, self._keyring.vault)
+    async def _proving(self, session: AsyncSession, role: NodeRole) -> tuple[Passphrase, bytes]:
+        """The passphrase that a node of ``role`` proves, and the key that is derived from it."""
+        kind = PassphraseKind.of(role)
+        passphrase = await read_passphrase(session, self._keyring.vault, kind)
         assert passphrase is not None, "one is made before the first request"
-        return passphrase
+        return passphrase, await self._keys.of(kind, passphrase)
 
 
 def read_signing_request(pem: str) -> SigningRequest:

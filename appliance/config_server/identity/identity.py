@@ -22,6 +22,7 @@ from appliance.config_server.identity.passphrase import (
 from appliance.config_server.identity.server_certificate import ServerCertificate
 from appliance.config_server.identity.vault_key import VaultKey
 from appliance.config_server.store.engine import Database
+from replication.control.enrolment import PassphraseKind
 from replication.errors import ConflictError, StorageError
 
 IDENTITY_FOLDER = "identity"
@@ -61,14 +62,14 @@ async def open_identity(
     """Open what is there; make at the first start what is not. Raises ConfigError, StorageError."""
     folder = os.path.join(state_folder, IDENTITY_FOLDER)
     keyring = await open_keyring(folder, config.unlock_file, database)
-    await ensure_passphrase(database, keyring.vault)
+    await ensure_passphrases(database, keyring.vault)
     lifetime = dt.timedelta(days=config.certificate_days)
     certificate = await asyncio.to_thread(ServerCertificate, keyring, folder, names, lifetime)
     renewing = asyncio.create_task(_keep_fresh(certificate), name="server certificate")
     try:
         yield Identity(
             keyring,
-            CertificateAuthority(keyring.ca, lifetime),
+            CertificateAuthority(keyring.ca, lifetime, tuple(names)),
             Enrolment(keyring),
             certificate,
         )
@@ -78,12 +79,13 @@ async def open_identity(
             await renewing
 
 
-async def ensure_passphrase(database: Database, vault: VaultKey) -> None:
-    """Make an enrolment passphrase where there is none yet."""
-    with contextlib.suppress(ConflictError):  # another config server made one just now
-        async with database.writing() as session:
-            if await read_passphrase(session, vault) is None:
-                await write_passphrase(session, vault, Passphrase.create())
+async def ensure_passphrases(database: Database, vault: VaultKey) -> None:
+    """Make the enrolment passphrases that are not there yet."""
+    for kind in PassphraseKind:
+        with contextlib.suppress(ConflictError):  # another config server made one just now
+            async with database.writing() as session:
+                if await read_passphrase(session, vault, kind) is None:
+                    await write_passphrase(session, vault, kind, Passphrase.create())
 
 
 async def _keep_fresh(certificate: ServerCertificate) -> None:

@@ -1,6 +1,7 @@
-"""The enrolment passphrase: 160 random bits, in the database, sealed by the vault key.
+"""The enrolment passphrases, one for machines and one for the appliance's parts: 160 random bits
+each, in the database, sealed by the vault key.
 
-All config servers of one database know the same one; a new one counts at once everywhere.
+All config servers of one database know the same ones; a new one counts at once everywhere.
 """
 
 import asyncio
@@ -12,9 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.identity.vault_key import VaultKey
 from appliance.config_server.store.schema import Setting
-from replication.control.enrolment import SALT_BYTES, derive_key
+from replication.control.enrolment import SALT_BYTES, PassphraseKind, derive_key
 
-SETTING = "enrolment"
+SETTINGS = {
+    PassphraseKind.MACHINES: "enrolment",
+    PassphraseKind.APPLIANCE: "enrolment-appliance",
+}
 PASSPHRASE_BYTES = 20
 _GROUP_CHARS = 4
 
@@ -33,25 +37,27 @@ class Passphrase:
         return cls("-".join(groups), secrets.token_bytes(SALT_BYTES))
 
 
-async def read_passphrase(session: AsyncSession, vault: VaultKey) -> Passphrase | None:
+async def read_passphrase(
+    session: AsyncSession, vault: VaultKey, kind: PassphraseKind
+) -> Passphrase | None:
     """The present one; none before the first start."""
-    row = await session.get(Setting, SETTING)
+    row = await session.get(Setting, SETTINGS[kind])
     if row is None:
         return None
     sealed = bytes.fromhex(str(row.value["passphrase"]))
     return Passphrase(
-        vault.open(sealed, Setting.__tablename__, SETTING).decode(),
+        vault.open(sealed, Setting.__tablename__, SETTINGS[kind]).decode(),
         bytes.fromhex(str(row.value["salt"])),
     )
 
 
 async def write_passphrase(
-    session: AsyncSession, vault: VaultKey, passphrase: Passphrase
+    session: AsyncSession, vault: VaultKey, kind: PassphraseKind, passphrase: Passphrase
 ) -> Passphrase:
     """Make it the present one; challenges that are out are answered in vain."""
-    sealed = vault.seal(passphrase.text.encode(), Setting.__tablename__, SETTING)
+    sealed = vault.seal(passphrase.text.encode(), Setting.__tablename__, SETTINGS[kind])
     value = {"passphrase": sealed.hex(), "salt": passphrase.salt.hex()}
-    await session.merge(Setting(key=SETTING, value=value))
+    await session.merge(Setting(key=SETTINGS[kind], value=value))
     return passphrase
 
 
@@ -59,13 +65,14 @@ class ProofKeys:
     """Derives the key of a passphrase once: it takes 50 ms, and anybody may ask for a challenge."""
 
     def __init__(self) -> None:
-        self._passphrase: Passphrase | None = None
-        self._key = b""
+        self._derived: dict[PassphraseKind, tuple[Passphrase, bytes]] = {}
         self._turn = asyncio.Lock()
 
-    async def of(self, passphrase: Passphrase) -> bytes:
+    async def of(self, kind: PassphraseKind, passphrase: Passphrase) -> bytes:
+        """The key of the present passphrase of ``kind``; that of the one before is forgotten."""
         async with self._turn:
-            if passphrase != self._passphrase:
-                self._key = await asyncio.to_thread(derive_key, passphrase.text, passphrase.salt)
-                self._passphrase = passphrase
-            return self._key
+            known, key = self._derived.get(kind, (None, b""))
+            if passphrase != known:
+                key = await asyncio.to_thread(derive_key, passphrase.text, passphrase.salt)
+                self._derived[kind] = passphrase, key
+            return key

@@ -26,9 +26,9 @@ from daemon.certificates import (
     subject,
     utc_now,
 )
-from daemon.control_call import CONFIG_SERVER_UNIT
 from daemon.durable import make_folder, write_whole
 from daemon.identity import read_private
+from daemon.tls import CONFIG_SERVER_UNIT
 from replication.errors import PeerError
 
 SERVER_FILE = "server.pem"

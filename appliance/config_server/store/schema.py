@@ -50,7 +50,10 @@ class Instance(Base):
 
 
 class Node(Base):
-    """An enrolled daemon, what is wanted of it, and its newest report."""
+    """An enrolled daemon, what is wanted of it, and its newest report.
+
+    new_key_until_ns: until then it may enrol with a new key, once; 0: it may not.
+    """
 
     __tablename__ = "nodes"
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
@@ -61,10 +64,14 @@ class Node(Base):
     assignment_version: Mapped[int] = mapped_column(default=1)
     seen_ns: Mapped[int] = mapped_column(default=0)
     report: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    new_key_until_ns: Mapped[int] = mapped_column(default=0, server_default="0")
 
 
 class Certificate(Base):
-    """A certificate that our CA has issued. ``serial`` in hexadecimal."""
+    """A certificate that our CA has issued. ``serial`` in hexadecimal.
+
+    names: DNS names and addresses of a process server.
+    """
 
     __tablename__ = "certificates"
     serial: Mapped[str] = mapped_column(String(_CODE), primary_key=True)
@@ -74,6 +81,7 @@ class Certificate(Base):
     expires_ns: Mapped[int]
     revoked_ns: Mapped[int | None]
     revoked_by: Mapped[str | None] = mapped_column(String(_NAME))
+    names: Mapped[list[Any]] = mapped_column(default=list, server_default="[]")
 
 
 class Challenge(Base):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agents.mobility.tracker.pins import ROOT, remove_machine
+from replication.control.role import NodeRole
 from tests.agents.mobility.control_server import PASSPHRASE, ControlServer, SecondSite, disk
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class ControlRig:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.control = ControlServer(folder)
-        self.site = SecondSite(lambda: self.control.data_key, self.control.context(folder))
+        context = self.control.context(folder, NodeRole.PROCESS_SERVER)
+        self.site = SecondSite(lambda: self.control.data_key, context)
         self.config = folder / "agent.toml"
         self.log = folder / "agent.log"
         self.identity = folder / "identity"

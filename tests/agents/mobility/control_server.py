@@ -28,6 +28,7 @@ from daemon.certificates import (
     new_key,
     subject,
 )
+from daemon.tls import CONFIG_SERVER_UNIT
 from replication.bookmark import NOTHING, Stamp
 from replication.control.assignment import AssignedDisk, MachineAssignment
 from replication.control.data_key import GivenDataKey
@@ -111,10 +112,10 @@ class ControlServer:
         app.router.add_get("/api/v1/node/data-keys/{machine}", self._data_key)
         self.listener = Listener(app, self.context(folder))
 
-    def context(self, folder: Path) -> ssl.SSLContext:
-        """For a listener with the config server's certificate."""
+    def context(self, folder: Path, unit: str = CONFIG_SERVER_UNIT) -> ssl.SSLContext:
+        """For a listener with a certificate of the config server, or another ``unit``."""
         key = new_key()
-        holder = subject("config-server", "config-server")
+        holder = subject(unit, unit)
         own = self._issuer.issue(
             holder, key.public_key(), usages=[SERVER], lifetime=DAY, names=["127.0.0.1"]
         )
@@ -154,7 +155,7 @@ class ControlServer:
                 server_nonce=server_nonce.hex(),
                 salt=self._salt.hex(),
                 ca_pem=certificate_pem(self._issuer.certificate).decode(),
-                proof=server_proof(key, client_nonce, server_nonce, ca_der).hex(),
+                proof=server_proof(key, client_nonce, server_nonce, ca_der, asked.role).hex(),
             )
         )
 

@@ -234,9 +234,10 @@ async def test_machine_is_protected_changed_and_let_go_over_the_api(
         timeout=20,
     ) as boss:
         await site.until("an answer", lambda: boss.get("healthz"))
-        passphrase = site.run("appliance.config_server", "config-server", "passphrase", "show")
-        async with second_site(site, passphrase):
+        show = ("appliance.config_server", "config-server", "passphrase", "show")
+        async with second_site(site, site.run(*show, "--for", "appliance")):
             site.configure_agent(first, second)
+            passphrase = site.run(*show)
             (site.folder / "passphrase").write_text(passphrase)
             (site.folder / "passphrase").chmod(0o600)
             site.run(

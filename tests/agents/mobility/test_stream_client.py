@@ -18,6 +18,7 @@ from agents.mobility.frame_builder import Segment
 from agents.mobility.stream_client import CORRUPTED_TRIES_MAX, Pace, StreamClient
 from daemon.tls import TlsFiles
 from replication.bookmark import NOTHING, Stamp
+from replication.control.role import NodeRole
 from replication.errors import CaptureError, OutOfOrderError, PeerError
 from replication.manifest import SegmentEntry
 from replication.stream import StreamState
@@ -47,7 +48,9 @@ class Rig:
     troubles: list[str]
     stopping: asyncio.Event
 
-    def client(self, tls: TlsFiles | None = None, **changes: object) -> StreamClient:
+    def client(
+        self, tls: TlsFiles | None = None, server_unit: str = "", **changes: object
+    ) -> StreamClient:
         settings = {"backoff_seconds_max": 0.05, "request_seconds_max": 5.0} | changes
         return StreamClient(
             self.server.origin,
@@ -56,6 +59,7 @@ class Rig:
             SendConfig.model_validate(settings),
             stopping=self.stopping,
             on_trouble=self.troubles.append,
+            server_unit=server_unit,
         )
 
 
@@ -70,6 +74,19 @@ async def rig(tmp_path: Path, quick: None) -> AsyncIterator[Rig]:
     authority = Authority(tmp_path, "ca")
     async with running(authority.issue("localhost")) as server:
         yield Rig(server, authority.issue(str(MACHINE)), [], asyncio.Event())
+
+
+async def test_a_server_that_is_no_process_server_gets_nothing(rig: Rig) -> None:
+    """Under a config server all servers have certificates of one CA."""
+    async with rig.client(server_unit=NodeRole.PROCESS_SERVER) as client:
+        asking = asyncio.create_task(client.state())
+        while not rig.troubles:  # noqa: ASYNC110 - a plain list, no event
+            await asyncio.sleep(0.01)
+        rig.stopping.set()
+        with pytest.raises(CaptureError):
+            await asking
+    assert "not that of a process server" in rig.troubles[0]
+    assert rig.server.paths == []
 
 
 DATA = bytes(range(256)) * 20_000

@@ -26,6 +26,7 @@ from daemon.enrolment import enrol
 from daemon.identity import NodeIdentity
 from daemon.service import Health
 from replication.control.assignment import NodeAssignment
+from replication.control.enrolment import PassphraseKind
 from replication.control.role import NodeRole
 from tests.appliance.config_server.running import Rig, open_rig
 
@@ -56,9 +57,11 @@ class Control:
         }
         return ControlConfig.model_validate({**tree, **changes})
 
-    async def passphrase(self) -> str:
+    async def passphrase(self, role: NodeRole = NodeRole.MACHINE) -> str:
+        """The one that a node of ``role`` proves."""
+        kind = PassphraseKind.of(role)
         async with self.server.database.reading() as session:
-            found = await read_passphrase(session, self.server.identity.vault)
+            found = await read_passphrase(session, self.server.identity.vault, kind)
         assert found is not None
         return found.text
 
@@ -71,10 +74,10 @@ class Control:
         **options: Any,
     ) -> NodeIdentity:
         names = ("localhost", "127.0.0.1") if role is NodeRole.PROCESS_SERVER else ()
-        options = {"name": f"{role}-1", "names": names, **options}
-        return await enrol(
-            config or self.config(), passphrase or await self.passphrase(), role, **options
-        )
+        config = config or self.config()
+        folder = Path(config.identity_folder).name[:8]
+        options = {"name": f"{role}-{folder}", "names": names, **options}
+        return await enrol(config, passphrase or await self.passphrase(role), role, **options)
 
     def client(self, identity: NodeIdentity, kind: type[A], **changes: Any) -> ControlClient[A]:
         config = self.config(identity_folder=identity.folder, **changes)

@@ -12,6 +12,7 @@ from replication.control.enrolment import (
     CertificateRequest,
     Challenge,
     ChallengeRequest,
+    PassphraseKind,
     client_proof,
     derive_key,
     server_proof,
@@ -31,6 +32,7 @@ REQUEST = CertificateRequest(
     csr_pem="not bound itself: its DER is",
     proof="0" * 64,
 )
+ROLE = NodeRole.PROCESS_SERVER
 PARTS = st.tuples(st.integers(0, 3), st.integers(0, 10**6))
 
 
@@ -47,8 +49,8 @@ def test_any_bit_changed_changes_the_server_s_proof(place: tuple[int, int]) -> N
     part, bit = place
     changed = [*parts]
     changed[part] = flipped(parts[part], bit)
-    proof = server_proof(parts[0], parts[1], parts[2], parts[3])
-    assert server_proof(changed[0], changed[1], changed[2], changed[3]) != proof
+    proof = server_proof(parts[0], parts[1], parts[2], parts[3], ROLE)
+    assert server_proof(changed[0], changed[1], changed[2], changed[3], ROLE) != proof
 
 
 @given(PARTS)
@@ -90,15 +92,28 @@ def test_every_field_of_the_request_is_bound_or_bound_otherwise() -> None:
 @given(st.binary(max_size=200), st.binary(min_size=32, max_size=32))
 def test_a_proof_played_back_to_its_maker_is_none(content: bytes, nonce: bytes) -> None:
     """Reflection: a server's proof never is a node's, whatever both are about."""
-    server = server_proof(KEY, nonce, nonce, content)
+    server = server_proof(KEY, nonce, nonce, content, ROLE)
     assert server != client_proof(KEY, nonce, nonce, content, REQUEST)
 
 
 @given(st.binary(max_size=64), st.integers(0, 64))
 def test_bytes_moved_between_parts_change_the_proof(content: bytes, cut: int) -> None:
     cut = min(cut, len(content))
-    whole = server_proof(KEY, CLIENT, SERVER + content[:cut], content[cut:])
-    assert (whole == server_proof(KEY, CLIENT, SERVER, content)) == (cut == 0)
+    whole = server_proof(KEY, CLIENT, SERVER + content[:cut], content[cut:], ROLE)
+    assert (whole == server_proof(KEY, CLIENT, SERVER, content, ROLE)) == (cut == 0)
+
+
+def test_the_server_s_proof_is_for_one_role() -> None:
+    assert len({server_proof(KEY, CLIENT, SERVER, CA, role) for role in NodeRole}) == len(NodeRole)
+
+
+def test_machines_have_another_passphrase_than_the_appliance() -> None:
+    kinds = {role: PassphraseKind.of(role) for role in NodeRole}
+    assert kinds == {
+        NodeRole.MACHINE: PassphraseKind.MACHINES,
+        NodeRole.PROCESS_SERVER: PassphraseKind.APPLIANCE,
+        NodeRole.APPLIER: PassphraseKind.APPLIANCE,
+    }
 
 
 def test_a_passphrase_is_told_by_its_letters_alone() -> None:
@@ -131,9 +146,9 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, object]) -> None:
 
 
 def test_nonces_are_of_one_size() -> None:
-    assert ChallengeRequest(client_nonce=CLIENT.hex())
+    assert ChallengeRequest(client_nonce=CLIENT.hex(), role=ROLE)
     with pytest.raises(ValidationError):
-        ChallengeRequest(client_nonce=CLIENT.hex()[2:])
+        ChallengeRequest(client_nonce=CLIENT.hex()[2:], role=ROLE)
     with pytest.raises(ValidationError):
         Challenge(
             challenge=uuid.UUID(int=1),

@@ -1,4 +1,4 @@
-"""``certificates``: nodes' certificates, and how they are revoked."""
+"""``certificates``: nodes' certificates, how they are revoked, and who may have a new one."""
 
 import uuid
 from typing import Annotated
@@ -11,7 +11,7 @@ from appliance.config_server.api.access import needs
 from appliance.config_server.api.paging import Page, PagingOf, read_page
 from appliance.config_server.api.router import Router, ServerOf
 from appliance.config_server.caller import Caller
-from appliance.config_server.identity.certificates import revoke
+from appliance.config_server.identity.certificates import allow_new_key, revoke
 from appliance.config_server.store.schema import Certificate, Node
 from replication.control.role import NodeRole, OperatorRole
 
@@ -43,6 +43,15 @@ class Revocation(BaseModel):
     revoked: list[str]
 
 
+class NewKeyLeave(BaseModel):
+    """A node that may enrol with a new key, once, before ``until_ns``."""
+
+    node: uuid.UUID
+    name: str
+    role: NodeRole
+    until_ns: int
+
+
 @router.get("")
 async def list_certificates(
     server: ServerOf, paging: PagingOf, _: Reader
@@ -61,7 +70,9 @@ async def list_certificates(
 async def revoke_certificate(
     server: ServerOf, caller: Contributor, serial: SerialInPath
 ) -> Revocation:
-    """Revoke all certificates of the node that holds this one; it is out until it enrols again."""
+    """Revoke all certificates of the node that holds this one; it is out until it is
+    allowed a new key and enrols again.
+    """
     detail: dict[str, object] = {}
     async with server.change(caller, "certificate.revoke", serial, detail) as session:
         row, revoked = await revoke(session, serial, by=caller.name, now_ns=server.clock())
@@ -71,6 +82,18 @@ async def revoke_certificate(
         await server.nodes.versions.bump_role(session, NodeRole.PROCESS_SERVER)
         await server.nodes.bump(session, [node.id])
     return Revocation(certificate=_document(row, node), revoked=revoked)
+
+
+@router.post("/allow/{node}")
+async def allow_certificate(server: ServerOf, caller: Contributor, node: uuid.UUID) -> NewKeyLeave:
+    """Let a node whose certificates are revoked or expired enrol with a new key, within an hour."""
+    detail: dict[str, object] = {}
+    async with server.change(caller, "certificate.allow", str(node), detail) as session:
+        row = await allow_new_key(session, node, server.clock())
+        detail.update(name=row.name, role=row.role)
+    return NewKeyLeave(
+        node=row.id, name=row.name, role=NodeRole(row.role), until_ns=row.new_key_until_ns
+    )
 
 
 def _document(row: Certificate, node: Node) -> CertificateDocument:

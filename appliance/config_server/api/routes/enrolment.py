@@ -36,7 +36,7 @@ async def challenge(server: ServerOf, caller: AnyCaller, request: ChallengeReque
         )
     async with server.database.writing() as session:
         return await server.identity.enrolment.challenge(
-            session, bytes.fromhex(request.client_nonce), server.clock()
+            session, bytes.fromhex(request.client_nonce), request.role, server.clock()
         )
 
 

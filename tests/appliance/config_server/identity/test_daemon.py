@@ -33,6 +33,7 @@ from daemon.enrolment import enrol
 from daemon.identity import NodeIdentity
 from daemon.service import Health
 from replication.control.assignment import ApplierAssignment
+from replication.control.enrolment import PassphraseKind
 from replication.control.report import ApplierReport
 from replication.control.role import NodeRole, OperatorRole
 from replication.errors import ConfigError
@@ -145,7 +146,7 @@ def api(daemon: Daemon, identity: NodeIdentity, token: str, method: str, path: s
 
 async def test_a_node_enrols_follows_and_is_revoked_across_restarts(tmp_path: Path) -> None:
     daemon = Daemon.configured(tmp_path)
-    shown = await asyncio.to_thread(daemon.command, "passphrase")
+    shown = await asyncio.to_thread(daemon.command, "passphrase", "--for", "appliance")
     assert shown.returncode == 0, shown.stderr
     token = await make_token(daemon.config, "me", OperatorRole.CONTRIBUTOR, days=1)
     config = daemon.control("applier")
@@ -205,6 +206,8 @@ async def test_a_wrong_unlock_file_or_a_lost_keyring_ends_with_words(
 async def test_resealed_it_opens_under_the_new_file(tmp_path: Path) -> None:
     config = Daemon.configured(tmp_path).config
     before = await show_passphrase(config)
+    of_appliance = await show_passphrase(config, PassphraseKind.APPLIANCE)
+    assert of_appliance != before
     new = tmp_path / "new-unlock"
     new.touch(0o600)
     new.write_text("quite another unlock passphrase")
@@ -216,6 +219,7 @@ async def test_resealed_it_opens_under_the_new_file(tmp_path: Path) -> None:
     rotated = await rotate_passphrase(config)
     assert rotated != before
     assert await show_passphrase(config) == rotated
+    assert await show_passphrase(config, PassphraseKind.APPLIANCE) == of_appliance
 
 
 async def test_two_config_servers_of_one_database_are_one(
@@ -225,7 +229,7 @@ async def test_two_config_servers_of_one_database_are_one(
     with postgresql.database() as url:
         first = Daemon.configured(tmp_path / "first", url)
         second = Daemon.configured(tmp_path / "second", url)
-        passphrase = await show_passphrase(first.config)
+        passphrase = await show_passphrase(first.config, PassphraseKind.APPLIANCE)
         token = await make_token(first.config, "me", OperatorRole.CONTRIBUTOR, days=1)
         with pytest.raises(ConfigError, match="is missing") as refused:
             await show_passphrase(second.config)

@@ -28,6 +28,7 @@ from replication.control.enrolment import (
     NONCE_BYTES,
     CertificateRequest,
     Challenge,
+    PassphraseKind,
     client_proof,
     derive_key,
     server_proof,
@@ -37,10 +38,11 @@ from tests.appliance.config_server.control import Control
 from tests.appliance.config_server.running import Rig, open_rig
 
 NODE = uuid.UUID(int=1234)
+ANY_CHALLENGE = {"client_nonce": "0" * 64, "role": "machine"}
 
 
-async def passphrase_of(rig: Rig) -> str:
-    return await Control(rig, 0, Path()).passphrase()
+async def passphrase_of(rig: Rig, role: NodeRole = NodeRole.MACHINE) -> str:
+    return await Control(rig, 0, Path()).passphrase(role)
 
 
 class Asker:
@@ -53,9 +55,9 @@ class Asker:
         self.nonce = secrets.token_bytes(NONCE_BYTES)
         self.key: Any = new_key()
 
-    async def challenge(self) -> Challenge:
+    async def challenge(self, role: NodeRole = NodeRole.MACHINE) -> Challenge:
         answer = await self.client.post(
-            "enrolment/challenges", json={"client_nonce": self.nonce.hex()}
+            "enrolment/challenges", json={"client_nonce": self.nonce.hex(), "role": role}
         )
         assert answer.status_code == 200, answer.text
         return Challenge.model_validate_json(answer.content)
@@ -89,7 +91,8 @@ class Asker:
         )
 
     async def enrol(self, **claims: Any) -> httpx.Response:
-        return await self.send(self.request(await self.challenge(), **claims))
+        role = claims.get("role", NodeRole.MACHINE)
+        return await self.send(self.request(await self.challenge(role), **claims))
 
 
 async def counts(rig: Rig) -> tuple[int, int]:
@@ -107,7 +110,7 @@ async def outcomes(rig: Rig, action: str) -> list[str]:
 
 async def test_the_certificate_says_what_was_proved_and_not_what_was_asked(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
-        asker = Asker(rig, await passphrase_of(rig))
+        asker = Asker(rig, await passphrase_of(rig, NodeRole.PROCESS_SERVER))
         answer = await asker.enrol(role=NodeRole.PROCESS_SERVER, names=["ps.example", "192.0.2.9"])
         assert answer.status_code == 200, answer.text
         certificate = read_certificate(answer.json()["certificate_pem"])
@@ -122,7 +125,7 @@ async def test_the_certificate_says_what_was_proved_and_not_what_was_asked(tmp_p
 @pytest.mark.parametrize("role", [NodeRole.MACHINE, NodeRole.APPLIER])
 async def test_others_get_no_server_s_certificate(tmp_path: Path, role: NodeRole) -> None:
     async with open_rig(tmp_path) as rig:
-        answer = await Asker(rig, await passphrase_of(rig)).enrol(role=role, names=["config"])
+        answer = await Asker(rig, await passphrase_of(rig, role)).enrol(role=role, names=["config"])
         certificate = read_certificate(answer.json()["certificate_pem"])
         assert names_of(certificate) == ()
         usages = [
@@ -141,7 +144,7 @@ async def test_the_challenge_proves_the_ca(tmp_path: Path) -> None:
         server_nonce = bytes.fromhex(challenge.server_nonce)
         for passphrase, right in ((asker.passphrase, True), ("guessed", False)):
             key = derive_key(passphrase, bytes.fromhex(challenge.salt))
-            expected = server_proof(key, asker.nonce, server_nonce, ca).hex()
+            expected = server_proof(key, asker.nonce, server_nonce, ca, NodeRole.MACHINE).hex()
             assert (challenge.proof == expected) == right
 
 
@@ -150,7 +153,7 @@ async def test_a_wrong_passphrase_is_refused_slowed_and_audited(tmp_path: Path) 
         asker = Asker(rig, "abcd-efgh")
         statuses = [(await asker.enrol()).status_code for _ in range(4)]
         assert statuses == [401] * 4
-        answer = await asker.client.post("enrolment/challenges", json={"client_nonce": "0" * 64})
+        answer = await asker.client.post("enrolment/challenges", json=ANY_CHALLENGE)
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1
         assert await counts(rig) == (0, 0)
@@ -232,6 +235,7 @@ async def test_an_id_with_another_key_is_a_conflict_until_it_is_revoked(tmp_path
         assert len(answer.json()["revoked"]) == 2
         again = await first.enrol()
         assert (again.status_code, again.json()["code"]) == (409, "key_revoked")
+        assert (await rig.operator().post(f"certificates/allow/{NODE}")).status_code == 200
         assert (await second.enrol()).status_code == 200
 
 
@@ -239,6 +243,7 @@ async def test_an_id_of_another_role_is_a_conflict(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         asker = Asker(rig, await passphrase_of(rig))
         assert (await asker.enrol()).status_code == 200
+        asker.passphrase = await passphrase_of(rig, NodeRole.APPLIER)
         assert (await asker.enrol(role=NodeRole.APPLIER)).status_code == 409
 
 
@@ -266,7 +271,7 @@ async def test_what_is_no_signing_request_or_not_signed_by_its_key_is_refused(
 
 async def test_names_of_a_process_server_are_names(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
-        asker = Asker(rig, await passphrase_of(rig))
+        asker = Asker(rig, await passphrase_of(rig, NodeRole.PROCESS_SERVER))
         for names in ([], ["a..b"], ["x:y:z"]):
             answer = await asker.enrol(role=NodeRole.PROCESS_SERVER, names=names)
             assert answer.status_code == 422, names
@@ -278,14 +283,14 @@ async def test_challenges_are_bounded_by_address_and_in_all(
     async with open_rig(tmp_path) as rig:
         ask = Asker(rig, "").client.post
         statuses = [
-            (await ask("enrolment/challenges", json={"client_nonce": "0" * 64})).status_code
+            (await ask("enrolment/challenges", json=ANY_CHALLENGE)).status_code
             for _ in range(CHALLENGES_BURST + 20)
         ]
         assert statuses[:CHALLENGES_BURST] == [200] * CHALLENGES_BURST
         assert 429 in statuses
         monkeypatch.setattr(enrolment, "CHALLENGES_MAX", CHALLENGES_BURST)
         elsewhere = rig.client(source="198.51.100.1")
-        body = {"client_nonce": "0" * 64}
+        body = ANY_CHALLENGE
         assert (await elsewhere.post("enrolment/challenges", json=body)).status_code == 429
         rig.clock.ahead_ns += enrolment.CHALLENGE_SECONDS * 10**9
         assert (await elsewhere.post("enrolment/challenges", json=body)).status_code == 200
@@ -296,7 +301,10 @@ async def test_after_a_rotation_the_old_passphrase_is_worth_nothing(tmp_path: Pa
         old = Asker(rig, await passphrase_of(rig))
         challenge = await old.challenge()
         async with rig.server.database.writing() as session:
-            new = await write_passphrase(session, rig.server.identity.vault, Passphrase.create())
+            vault = rig.server.identity.vault
+            new = await write_passphrase(
+                session, vault, PassphraseKind.MACHINES, Passphrase.create()
+            )
         assert (await old.send(old.request(challenge))).status_code == 401
         assert (await old.enrol()).status_code == 401
         assert (await Asker(rig, new.text).enrol()).status_code == 200
