@@ -21,4 +21,8 @@ def troubles_of(health: Health) -> tuple[Trouble, ...]:
 
 
 def clipped(text: str) -> str:
+    """``text`` as a report takes it: not too long, no NUL, and nothing that UTF-8 has not, such as
+    parts of a file's name; these are written as escapes.
+    """
+    text = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
     return text if len(text) <= TEXT_CHARS_MAX else f"{text[: TEXT_CHARS_MAX - 1]}…"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from agents.mobility.host import HostFacts
 from agents.mobility.status import AgentStatus
 from daemon.service import Health
+from daemon.troubles import clipped
 from replication.control.report import (
     TROUBLES_MAX,
     BlockDevice,
@@ -17,9 +18,6 @@ from replication.control.report import (
     Phase,
     Trouble,
 )
-
-TEXT_CHARS_MAX = 2000
-"""Of a reason, as documents take it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +94,3 @@ def troubles(health: Health) -> Iterable[Trouble]:
             yield Trouble.model_validate(
                 {"part": clipped(part), "severity": severity, "reason": clipped(reason)}
             )
-
-
-def clipped(text: str) -> str:
-    return text if len(text) <= TEXT_CHARS_MAX else f"{text[: TEXT_CHARS_MAX - 1]}…"

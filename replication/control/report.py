@@ -7,7 +7,7 @@ import uuid
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from replication.control.message import Message
 
@@ -15,14 +15,23 @@ REPORT_BYTES_MAX = 1 << 20
 REPORT_SECONDS_DEFAULT = 15.0
 DEVICES_MAX = 256
 TROUBLES_MAX = 64
-Text = Annotated[str, Field(max_length=2000)]
-Count = Annotated[int, Field(ge=0)]
+COUNT_MAX = 2**63 - 1
+"""Times, sizes and numbers: what a column of the database takes."""
+
+SECONDS_MAX = 1e12
+Text = Annotated[str, Field(max_length=2000, pattern=r"^[^\x00]*$")]
+"""Without NUL, which PostgreSQL does not store."""
+
+Count = Annotated[int, Field(ge=0, le=COUNT_MAX)]
+Difference = Annotated[int, Field(ge=-COUNT_MAX, le=COUNT_MAX)]
+Seconds = Annotated[float, Field(ge=0, le=SECONDS_MAX, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Load(Message):
     """How the host of a node is. ``None`` where it cannot be told."""
 
-    cpu_share: float | None = None
+    cpu_share: Share | None = None
     memory_bytes: Count = 0
     memory_used_bytes: Count = 0
 
@@ -38,7 +47,7 @@ class Trouble(Message):
 class NodeReport(Message):
     """What all nodes say. ``time_ns`` is the node's own clock: skew is measured from it."""
 
-    software: str = ""
+    software: Text = ""
     time_ns: Count
     started_ns: Count = 0
     assignment: Count = 0
@@ -106,7 +115,7 @@ class MachineReport(NodeReport):
     committed: Count = 0
     durable_ns: Count = 0
     restorable_ns: Count = 0
-    skew_ns: int = 0
+    skew_ns: Difference = 0
     todo_bytes: Count = 0
     done_bytes: Count = 0
     total_bytes: Count = 0
@@ -123,7 +132,7 @@ class StreamReport(Message):
     machine: uuid.UUID
     durable_ns: Count = 0
     backlog_bytes: Count = 0
-    backlog_seconds: float = 0.0
+    backlog_seconds: Seconds = 0.0
 
 
 class ProcessServerReport(NodeReport):
@@ -134,7 +143,7 @@ class ProcessServerReport(NodeReport):
     """
 
     kind: Literal["process-server"] = "process-server"
-    url: str = ""
+    url: Text = ""
     spool_bytes: Count = 0
     spool_max_bytes: Count = 0
     free_bytes: Count = 0
@@ -171,6 +180,17 @@ class ApplierReport(NodeReport):
 
 
 Report = Annotated[MachineReport | ProcessServerReport | ApplierReport, Field(discriminator="kind")]
+_REPORT: TypeAdapter[Report] = TypeAdapter(Report)
+
+
+def read_report(document: object) -> Report | None:
+    """A report as it is stored. None for what is none, or was written by a neighbouring version
+    and cannot be read by this one: it counts as if it had never come.
+    """
+    try:
+        return _REPORT.validate_python(document)
+    except ValidationError:
+        return None
 
 
 class ReportAnswer(Message):

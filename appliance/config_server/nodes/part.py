@@ -23,7 +23,7 @@ from appliance.config_server.nodes.windows import follow_windows
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.schema import Machine, Node, Policy, ProtectedDisk
 from replication.control.assignment import Assignment
-from replication.control.report import ProcessServerReport, Report
+from replication.control.report import ProcessServerReport, Report, read_report
 from replication.control.role import NodeRole
 from replication.errors import ReplicationError
 
@@ -77,9 +77,10 @@ class Nodes:
             select(Node.seen_ns, Node.report).where(Node.id == process_server)
         )
         seen_ns, document = found.one_or_none() or (0, None)
-        if heard is None or (document is not None and seen_ns > heard.seen_ns):
-            return str((document or {}).get("url", ""))  # another config server heard it later
-        return heard.report.url if isinstance(heard.report, ProcessServerReport) else ""
+        report = heard.report if heard is not None else None
+        if heard is None or seen_ns > heard.seen_ns:
+            report = read_report(document) or report  # another config server heard it later
+        return report.url if isinstance(report, ProcessServerReport) else ""
 
     async def take_report(
         self, database: Database, node: uuid.UUID, report: Report, now_ns: int

@@ -6,14 +6,15 @@ Source: docs/CONTROL.md §6, §9.
 import uuid
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, exists, func, or_, select
+from sqlalchemy import ColumnElement, exists, func, or_, select, true
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.discovery.inventory import swapped
-from appliance.config_server.nodes.report_book import Heard
+from appliance.config_server.nodes.report_book import Heard, newest_of
 from appliance.config_server.protection.placement import Candidate
 from appliance.config_server.protection.table import State
-from appliance.config_server.protection.workflow import Ports, read_report
+from appliance.config_server.protection.transition import NO_POINTS
+from appliance.config_server.protection.workflow import Ports
 from appliance.config_server.store.schema import (
     Certificate,
     Job,
@@ -30,6 +31,7 @@ HEARD_SECONDS_MAX = 60
 """Who was not heard for longer is not given work: three reports and some."""
 
 _SECOND_NS = 10**9
+_PLACEMENT_LOCK = 0x756E64706C61
 _OUT = "it has no certificate that is good"
 
 
@@ -149,10 +151,7 @@ async def refuse_busy(session: AsyncSession, machine: Machine) -> None:
 
 async def heard_of(ports: Ports, node: Node) -> Heard | None:
     """The newest report of a node, from memory or from its row."""
-    newest = ports.newest(node.id)
-    if node.report is None or (newest is not None and newest.seen_ns >= node.seen_ns):
-        return newest
-    return Heard(node.seen_ns, read_report(node.role, node.report))
+    return newest_of(node, ports.newest(node.id))
 
 
 async def agent_report(ports: Ports, node: Node, now_ns: int) -> MachineReport:
@@ -172,29 +171,53 @@ async def agent_report(ports: Ports, node: Node, now_ns: int) -> MachineReport:
     return heard.report
 
 
+async def lock_placement(session: AsyncSession) -> None:
+    """Until the transaction ends nobody else places a machine: two would both count the same room.
+
+    On SQLite there is only one writer anyway.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        await session.execute(select(func.pg_advisory_xact_lock(_PLACEMENT_LOCK)))
+
+
 async def candidates(
-    session: AsyncSession, ports: Ports, role: NodeRole, now_ns: int
+    session: AsyncSession,
+    ports: Ports,
+    role: NodeRole,
+    now_ns: int,
+    *,
+    placed: uuid.UUID | None = None,
 ) -> Sequence[Candidate]:
-    """All enrolled nodes of a role, with their load and why they take no more."""
-    column = Machine.process_server_id if role is NodeRole.PROCESS_SERVER else Machine.applier_id
+    """All enrolled nodes of a role, with their load and why they take no more.
+
+    placed: the machine that is to be placed, which takes no room of what it has already.
+    """
+    is_working = Machine.state != State.UNPROTECTED
+    column, is_assigned = Machine.process_server_id, is_working
+    if role is not NodeRole.PROCESS_SERVER:
+        # An applier is told of machines whose points it keeps or is to delete, too.
+        column, is_assigned = Machine.applier_id, is_working | (Machine.points != NO_POINTS)
+    others = true() if placed is None else Machine.id != placed
     counted = await session.execute(
-        select(column, func.count())
-        .where(column.is_not(None), Machine.state != State.UNPROTECTED)
+        select(column, func.count().filter(is_working), func.count().filter(others))
+        .where(column.is_not(None), is_assigned)
         .group_by(column)
     )
-    counts = {row[0]: row[1] for row in counted}
+    counts = {row[0]: (row[1], row[2]) for row in counted}
     nodes = await session.execute(
         select(Node, has_live_certificate(now_ns)).where(Node.role == role)
     )
     return [
-        await _candidate(ports, node, counts.get(node.id, 0), now_ns)
+        await _candidate(ports, node, *counts.get(node.id, (0, 0)), now_ns)
         if is_live
         else Candidate(node.id, node.name, trouble=_OUT, is_live=False)
         for node, is_live in nodes.all()
     ]
 
 
-async def _candidate(ports: Ports, node: Node, count: int, now_ns: int) -> Candidate:
+async def _candidate(
+    ports: Ports, node: Node, count: int, assigned_count: int, now_ns: int
+) -> Candidate:
     heard = await heard_of(ports, node)
     if heard is None:
         return Candidate(node.id, node.name, count, trouble="it has never reported")
@@ -209,7 +232,7 @@ async def _candidate(ports: Ports, node: Node, count: int, now_ns: int) -> Candi
             trouble = trouble or "it does not say where agents reach it"
         if heard.report.spool_max_bytes:
             fill = heard.report.spool_bytes / heard.report.spool_max_bytes
-    return Candidate(node.id, node.name, count, fill, trouble)
+    return Candidate(node.id, node.name, count, fill, trouble, assigned_count=assigned_count)
 
 
 async def disks_of(session: AsyncSession, machine: uuid.UUID) -> Sequence[ProtectedDisk]:

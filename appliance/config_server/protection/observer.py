@@ -8,13 +8,15 @@ Source: docs/CONTROL.md §9, §11.
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import structlog
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from appliance.config_server.nodes.report_book import Heard
+from appliance.config_server.nodes.report_book import Heard, newest_of
 from appliance.config_server.protection.machines import lock_machine
 from appliance.config_server.protection.observation import (
     DiskView,
@@ -26,7 +28,7 @@ from appliance.config_server.protection.observation import (
 from appliance.config_server.protection.table import RESYNCING, Event, State
 from appliance.config_server.protection.transition import REMOVING, enter, forget_points
 from appliance.config_server.protection.window import resync_allowed
-from appliance.config_server.protection.workflow import Ports, read_report, store_of
+from appliance.config_server.protection.workflow import Ports, store_of
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.schema import Machine, Node, Policy, ProtectedDisk
 from daemon.service import Health
@@ -39,22 +41,35 @@ PART = "protection"
 _Signature = tuple[int, int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What a node's row held when its report was of ``seen_ns``; none that could be read: none."""
+
+    seen_ns: int
+    heard: Heard | None
+
+
 class Observer:
-    """Looks at all machines every LOOK_SECONDS; where there is no news, at their rows alone."""
+    """Looks at all machines every LOOK_SECONDS; where there is no news, at their rows alone.
+
+    defects: machines that could not be followed in the newest look, and why.
+    """
 
     def __init__(self, database: Database, ports: Ports, clock: Callable[[], int]) -> None:
         self._database = database
         self._ports = ports
         self._clock = clock
         self._seen: dict[uuid.UUID, _Signature] = {}
-        self._read: dict[uuid.UUID, Heard] = {}
+        self._read: dict[uuid.UUID, _Row] = {}
+        self.defects: dict[uuid.UUID, str] = {}
+        self._told: frozenset[uuid.UUID] = frozenset()
 
     async def run(self, health: Health) -> None:
-        """Until it is cancelled."""
+        """Until it is cancelled. A machine that cannot be followed does not keep the others."""
         while True:
             try:
                 await self.look()
-                health.report(PART)
+                health.report(PART, critical="; ".join(self.defects.values()))
             except ReplicationError as error:
                 if not error.retryable:
                     raise
@@ -63,9 +78,29 @@ class Observer:
 
     async def look(self) -> None:
         """One round over all machines."""
+        self.defects = {}
         for machine in await self._changed():
-            async with self._database.writing() as session:
-                await self._follow(session, machine)
+            with self._alone(machine):
+                async with self._database.writing() as session:
+                    await self._follow(session, machine)
+        self._told = frozenset(self.defects)
+
+    @contextmanager
+    def _alone(self, machine: uuid.UUID) -> Iterator[None]:
+        """Within, a defect is this machine's alone: told in full once, and by health while it
+        lasts. A database that is away is no defect of a machine.
+        """
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, ReplicationError) and error.retryable:
+                raise
+            self._seen.pop(machine, None)  # looked at again in the next round
+            self.defects[machine] = f"reports of machine {machine} cannot be followed: {error!r}"
+            if machine not in self._told:
+                structlog.get_logger().exception(
+                    "a machine's reports cannot be followed", machine=str(machine)
+                )
 
     async def _changed(self) -> list[uuid.UUID]:
         """Machines for which something follows from what is known."""
@@ -84,16 +119,17 @@ class Observer:
                 if self._seen.get(machine.id) != _signature(machine, heard) or _orders(machine)
             ]
             disks = await _disks(session, [machine.id for machine in news])
-        found = [
-            machine.id
-            for machine in news
-            if _removed(machine, heard)
-            or _observe(machine, disks.get(machine.id, []), heard) != Observation()
-            or _orders(machine)
-        ]
         self._seen = {machine.id: _signature(machine, heard) for machine in machines}
-        for machine_id in found:
-            del self._seen[machine_id]
+        found = []
+        for machine in news:
+            with self._alone(machine.id):
+                if (
+                    _removed(machine, heard)
+                    or _observe(machine, disks.get(machine.id, []), heard) != Observation()
+                    or _orders(machine)
+                ):
+                    found.append(machine.id)
+                    del self._seen[machine.id]
         return found
 
     async def _follow(self, session: AsyncSession, machine_id: uuid.UUID) -> None:
@@ -135,13 +171,12 @@ class Observer:
         rows = await session.execute(select(Node.id, Node.seen_ns).where(Node.seen_ns > 0))
         heard = {}
         for node, seen_ns in rows:
-            known = max(
-                (each for each in (self._ports.newest(node), self._read.get(node)) if each),
-                key=lambda each: each.seen_ns,
-                default=None,
-            )
+            known = self._ports.newest(node)
             if node in wanted and (known is None or known.seen_ns < seen_ns):
-                known = self._read[node] = await _read_row(session, node)
+                row = self._read.get(node)
+                if row is None or row.seen_ns != seen_ns:
+                    row = self._read[node] = await _read_row(session, node)
+                known = row.heard or known
             if known is not None:
                 heard[node] = known
         for node in wanted - heard.keys():
@@ -151,10 +186,9 @@ class Observer:
         return heard
 
 
-async def _read_row(session: AsyncSession, node: uuid.UUID) -> Heard:
+async def _read_row(session: AsyncSession, node: uuid.UUID) -> _Row:
     row = await session.get_one(Node, node)
-    assert row.report is not None
-    return Heard(row.seen_ns, read_report(row.role, row.report))
+    return _Row(row.seen_ns, newest_of(row, None))
 
 
 async def _disks(

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from replication.control.assignment import MACHINE_COUNT_MAX
 from replication.control.report import BlockDevice
 from replication.errors import InputError
 
@@ -25,6 +26,7 @@ class Candidate:
 
     trouble: why it takes no more machines just now; empty when it does.
     load:    the number of its machines, then what it has stored of what it may, from 0 to 1.
+    assigned_count: machines that its assignment names, the one to be placed aside.
     is_live: whether it has a good certificate; else its name names it no more.
     """
 
@@ -34,6 +36,14 @@ class Candidate:
     fill_share: float = 0.0
     trouble: str = ""
     is_live: bool = True
+    assigned_count: int = 0
+
+    @property
+    def refusal(self) -> str:
+        """Why it does not get the machine; empty when it may."""
+        if self.trouble or self.assigned_count < MACHINE_COUNT_MAX:
+            return self.trouble
+        return f"it has {self.assigned_count} machines, and can have {MACHINE_COUNT_MAX}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +69,14 @@ def choose(candidates: Iterable[Candidate], asked: str | None, *, what: str) -> 
                 f"there is {'no' if not found else 'more than one'} {what} {asked}",
                 hint=f"enrolled: {', '.join(each.name for each in known) or 'none'}",
             )
-        if found[0].trouble:
-            raise PlacementError(f"the {what} {found[0].name} cannot be used: {found[0].trouble}")
+        if found[0].refusal:
+            raise PlacementError(f"the {what} {found[0].name} cannot be used: {found[0].refusal}")
         return found[0]
-    healthy = [each for each in known if not each.trouble]
+    healthy = [each for each in known if not each.refusal]
     if not known:
         raise PlacementError(f"no {what} is enrolled", hint=f"enrol one: a {what} is needed")
     if not healthy:
-        told = "; ".join(f"{each.name}: {each.trouble}" for each in known)
+        told = "; ".join(f"{each.name}: {each.refusal}" for each in known)
         raise PlacementError(f"no {what} can take the machine: {told}")
     return healthy[0]
 

@@ -19,6 +19,7 @@ from appliance.config_server.protection.machines import (
     disks_of,
     find_node,
     lock_machine,
+    lock_placement,
     refuse_busy,
 )
 from appliance.config_server.protection.placement import (
@@ -84,13 +85,16 @@ async def protect(
     chosen = choose_disks(report.devices, disks, {name: row.index for name, row in rows.items()})
     had_points = machine.points == KEPT
     taker = str(machine.applier_id) if had_points and applier is None else applier
+    await lock_placement(session)
     server = choose(
-        await candidates(session, ports, NodeRole.PROCESS_SERVER, now_ns),
+        await candidates(session, ports, NodeRole.PROCESS_SERVER, now_ns, placed=node.id),
         process_server,
         what="process server",
     )
     store = choose(
-        await candidates(session, ports, NodeRole.APPLIER, now_ns), taker, what="applier"
+        await candidates(session, ports, NodeRole.APPLIER, now_ns, placed=node.id),
+        taker,
+        what="applier",
     )
     if had_points and store.id != machine.applier_id:
         raise ConflictError(

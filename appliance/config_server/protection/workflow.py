@@ -13,14 +13,12 @@ from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from appliance.config_server.nodes.report_book import Heard
+from appliance.config_server.nodes.report_book import Heard, newest_of
 from appliance.config_server.protection.jobs import JobKind
 from appliance.config_server.store.schema import Job, Machine, Node
 from replication.control.report import (
     ApplierReport,
     MachineReport,
-    ProcessServerReport,
-    Report,
     StoreReport,
 )
 from replication.errors import ReplicationError
@@ -82,11 +80,9 @@ class Scene:
 
     async def heard(self, node: uuid.UUID) -> Heard | None:
         """The newest report, in memory or from another config server that wrote it down."""
-        newest = self.ports.newest(node)
         row = await self.session.get(Node, node)
-        if row is None or row.report is None or (newest and newest.seen_ns >= row.seen_ns):
-            return newest
-        return Heard(row.seen_ns, read_report(row.role, row.report))
+        newest = self.ports.newest(node)
+        return newest if row is None else newest_of(row, newest)
 
     async def tell(self, *nodes: uuid.UUID | None) -> None:
         """Count up assignments, and remember up to which versions the job has to wait."""
@@ -125,18 +121,6 @@ def store_of(heard: Heard | None, machine: uuid.UUID) -> StoreReport | None:
     if heard is None or not isinstance(heard.report, ApplierReport):
         return None
     return next((store for store in heard.report.stores if store.machine == machine), None)
-
-
-_REPORTS: dict[str, type[MachineReport | ProcessServerReport | ApplierReport]] = {
-    "machine": MachineReport,
-    "process-server": ProcessServerReport,
-    "applier": ApplierReport,
-}
-
-
-def read_report(role: str, document: dict[str, object]) -> Report:
-    """A report as a node's row keeps it."""
-    return _REPORTS[role].model_validate(document)
 
 
 @dataclass(frozen=True, slots=True)

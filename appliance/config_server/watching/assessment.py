@@ -25,8 +25,15 @@ from appliance.config_server.watching.progress import (
     follow_app_expectation,
     follow_progress,
 )
-from appliance.config_server.watching.reason import Code, Health, Reason
-from appliance.config_server.watching.rpo import Rpo
+from appliance.config_server.watching.reason import (
+    Code,
+    Health,
+    Reason,
+    Severity,
+    health_of,
+    reason,
+)
+from appliance.config_server.watching.rpo import NO_RPO, Rpo
 from appliance.config_server.watching.thresholds import THRESHOLDS, Thresholds
 from replication.control.report import (
     ApplierReport,
@@ -80,13 +87,17 @@ class AssessedVCenter:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """The health of all there is, at ``at_ns``."""
+    """The health of all there is, at ``at_ns``.
+
+    defects: what our own code raised for a machine or a component; its health says so, too.
+    """
 
     at_ns: int = 0
     machines: Mapping[uuid.UUID, AssessedMachine] = field(default_factory=dict)
     nodes: Mapping[uuid.UUID, AssessedNode] = field(default_factory=dict)
     vcenters: Mapping[uuid.UUID, AssessedVCenter] = field(default_factory=dict)
     job_counts: Mapping[str, int] = field(default_factory=dict)
+    defects: Mapping[uuid.UUID, Exception] = field(default_factory=dict)
 
     def sources(self) -> dict[uuid.UUID, tuple[str, Health]]:
         """Names and health of all that can have events."""
@@ -120,48 +131,62 @@ class Memory:
 def assess(
     findings: Findings, memory: Memory, now_ns: int, thresholds: Thresholds = THRESHOLDS
 ) -> tuple[Assessment, Memory]:
-    """The health of everything, and what to remember for the next time."""
-    nodes = {
-        facts.id: AssessedNode(facts, node_health(facts, now_ns, thresholds))
-        for facts in findings.nodes
-    }
-    streams, stores = _by_machine(findings.nodes)
+    """The health of everything, and what to remember for the next time.
+
+    What one machine or component has that our code cannot cope with harms no other.
+    """
+    defects: dict[uuid.UUID, Exception] = {}
+    nodes: dict[uuid.UUID, AssessedNode] = {}
+    for node in findings.nodes:
+        try:
+            nodes[node.id] = AssessedNode(node, node_health(node, now_ns, thresholds))
+        except Exception as error:  # noqa: BLE001 - told by its health, and by who looks
+            defects[node.id] = error
+            nodes[node.id] = AssessedNode(replace(node, report=None), _defect(error))
+    streams, stores = _by_machine(tuple(one.facts for one in nodes.values()))
     progress: dict[uuid.UUID, Progress] = {}
     expectations: dict[uuid.UUID, AppExpectation] = {}
-    machines = {}
+    machines: dict[uuid.UUID, AssessedMachine] = {}
     for row in findings.machines:
         machine = row.facts
-        moved = follow_progress(memory.progress.get(machine.id), machine.report, now_ns)
-        if moved is not None:
-            progress[machine.id] = moved
+        components = (row.process_server_id, row.applier_id)
         expectations[machine.id] = follow_app_expectation(
             memory.app_expectations.get(machine.id),
             machine.app_frequency_seconds,
             machine.since_ns,
             now_ns,
         )
-        facts = replace(
-            machine,
-            stream=streams.get((row.process_server_id, machine.id)),
-            store=stores.get((row.applier_id, machine.id)),
-            process_server=_part(nodes, row.process_server_id),
-            applier=_part(nodes, row.applier_id),
-            progress=moved,
-            app_expectation=expectations[machine.id],
-        )
-        machines[machine.id] = AssessedMachine(
-            facts,
-            machine_rpo(facts, now_ns),
-            machine_health(facts, now_ns, thresholds),
-            row.process_server_id,
-            row.applier_id,
-        )
+        try:
+            moved = follow_progress(memory.progress.get(machine.id), machine.report, now_ns)
+            if moved is not None:
+                progress[machine.id] = moved
+            facts = replace(
+                machine,
+                stream=streams.get((row.process_server_id, machine.id)),
+                store=stores.get((row.applier_id, machine.id)),
+                process_server=_part(nodes, row.process_server_id),
+                applier=_part(nodes, row.applier_id),
+                progress=moved,
+                app_expectation=expectations[machine.id],
+            )
+            rpo, health = machine_rpo(facts, now_ns), machine_health(facts, now_ns, thresholds)
+        except Exception as error:  # noqa: BLE001 - told by its health, and by who looks
+            defects[machine.id] = error
+            # Whoever asks for its RPO later on shall not fail on what failed here.
+            facts, rpo, health = replace(machine, report=None), NO_RPO, _defect(error)
+        machines[machine.id] = AssessedMachine(facts, rpo, health, *components)
     vcenters = {
         facts.id: AssessedVCenter(facts, vcenter_health(facts, now_ns))
         for facts in findings.vcenters
     }
-    assessment = Assessment(now_ns, machines, nodes, vcenters, dict(findings.job_counts))
+    job_counts = dict(findings.job_counts)
+    assessment = Assessment(now_ns, machines, nodes, vcenters, job_counts, defects)
     return assessment, Memory(progress, expectations)
+
+
+def _defect(error: Exception) -> Health:
+    told = f"its health cannot be told: {type(error).__name__}: {error}"
+    return health_of([reason(Code.DEFECT, Severity.CRITICAL, told)])
 
 
 def _by_machine(

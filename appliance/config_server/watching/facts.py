@@ -7,7 +7,6 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -26,14 +25,13 @@ from appliance.config_server.watching.assessment import Findings, MachineRow
 from appliance.config_server.watching.component_health import NodeFacts, VCenterFacts
 from appliance.config_server.watching.health import MachineFacts
 from appliance.config_server.watching.rpo import NS
-from replication.control.report import MachineReport, Report
+from replication.control.report import MachineReport, Report, read_report
 from replication.control.role import NodeRole
 
 FAILED_JOB_SECONDS = 7 * 86400
 """A failed job that nobody repeats is forgotten then."""
 
 REPORTS_AT_ONCE_MAX = 200
-_REPORT: TypeAdapter[Report] = TypeAdapter(Report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ class FactReader:
             some = newer[start : start + REPORTS_AT_ONCE_MAX]
             query = select(Node.id, Node.seen_ns, Node.report).where(Node.id.in_(some))
             for node, seen_ns, report in await session.execute(query):
-                self._reports[node] = _Seen(seen_ns, _parse(report))
+                self._reports[node] = _Seen(seen_ns, read_report(report))
 
     def _machine(self, row: Any, certificate_ns: int, failed_job: str) -> MachineRow:
         held = self._reports.get(row.id)
@@ -121,16 +119,6 @@ class FactReader:
             received_ns=held.seen_ns if held else 0,
             certificate_ns=certificate_ns,
         )
-
-
-def _parse(report: dict[str, Any] | None) -> Report | None:
-    """None for one that a neighbouring version wrote and this one cannot read."""
-    if report is None:
-        return None
-    try:
-        return _REPORT.validate_python(report)
-    except ValidationError:
-        return None
 
 
 async def _certificates(session: AsyncSession) -> dict[uuid.UUID, int]:

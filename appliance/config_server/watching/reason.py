@@ -61,6 +61,7 @@ class Code(enum.StrEnum):
     STORE_SPACE_LOW = "store-space-low"
     VCENTER_UNREACHABLE = "vcenter-unreachable"
     VCENTER_REFUSES = "vcenter-refuses"
+    DEFECT = "defect"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,10 @@ KINDS: dict[Code, Kind] = {
     Code.VCENTER_REFUSES: Kind(
         "user or password are wrong; it is not asked again until they are changed",
         "set the password anew: `understudy vcenters update NAME --password-file FILE`",
+    ),
+    Code.DEFECT: Kind(
+        "the config server itself has a defect; others are watched as ever",
+        "tell its maintainers, with the config server's log",
     ),
 }
 

@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import structlog
+
 from appliance.config_server.store.engine import Database
 from appliance.config_server.watching.assessment import (
     Assessment,
@@ -28,7 +30,7 @@ from appliance.config_server.watching.events import (
 from appliance.config_server.watching.facts import FactReader
 from appliance.config_server.watching.hysteresis import Mark
 from appliance.config_server.watching.lease import LEASE_SECONDS, Lease, give_up, hold
-from appliance.config_server.watching.reason import Severity
+from appliance.config_server.watching.reason import Severity, clean
 from appliance.config_server.watching.rpo import NS
 from daemon.service import Health
 from replication.errors import ReplicationError
@@ -98,8 +100,8 @@ class Watcher:
             while True:
                 began = time.monotonic()
                 try:
-                    await self.look(events=began >= events_from)
-                    self._health.report(HEALTH_PART)
+                    assessment = await self.look(events=began >= events_from)
+                    self._health.report(HEALTH_PART, critical=_told(assessment))
                 except ReplicationError as error:
                     self._health.report(HEALTH_PART, warning=str(error))
                 self.look_seconds = time.monotonic() - began
@@ -112,7 +114,16 @@ class Watcher:
         async with self._looking:
             now_ns = self._clock()
             findings = await self._reader.read(now_ns)
-            self.assessment, self._memory = assess(findings, self._memory, now_ns)
+            before = self.assessment.defects
+            # In a thread: of a thousand machines it would keep every answer waiting.
+            self.assessment, self._memory = await asyncio.to_thread(
+                assess, findings, self._memory, now_ns
+            )
+            for source, defect in self.assessment.defects.items():
+                if source not in before:
+                    structlog.get_logger().error(
+                        "health cannot be told", source=str(source), exc_info=defect
+                    )
             if events:
                 await self._follow_up(self.assessment)
             return self.assessment
@@ -172,3 +183,10 @@ class Watcher:
                 await give_up(session, self.holder)
         except ReplicationError:
             return  # it runs out by itself
+
+
+def _told(assessment: Assessment) -> str:
+    """Of defects, which are ours and not those of what is watched."""
+    names = {source: name for source, (name, _) in assessment.sources().items()}
+    found = [clean(names.get(source, str(source))) for source in assessment.defects]
+    return f"a defect: the health of {', '.join(sorted(found))} cannot be told" if found else ""

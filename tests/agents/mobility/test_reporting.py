@@ -4,9 +4,10 @@ import uuid
 from pathlib import Path
 
 from agents.mobility.host import HostFacts
-from agents.mobility.reporting import TEXT_CHARS_MAX, Situation, clipped, machine_report
+from agents.mobility.reporting import Situation, machine_report
 from agents.mobility.status import AgentStatus
 from daemon.service import Health
+from daemon.troubles import TEXT_CHARS_MAX, clipped
 from replication.control.report import (
     TROUBLES_MAX,
     BlockDevice,

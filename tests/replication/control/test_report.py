@@ -4,6 +4,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from replication.control.report import (
+    COUNT_MAX,
     DEVICES_MAX,
     ApplierReport,
     BlockDevice,
@@ -13,6 +14,7 @@ from replication.control.report import (
     Report,
     StoreReport,
     StreamReport,
+    read_report,
 )
 
 ADAPTER: TypeAdapter[Report] = TypeAdapter(Report)
@@ -40,9 +42,33 @@ def test_numbers_are_not_negative_and_texts_are_bounded() -> None:
         {"time_ns": -1},
         {"hostname": "x" * 2001},
         {"devices": [device] * (DEVICES_MAX + 1)},
+        {"time_ns": COUNT_MAX + 1},
+        {"time_ns": 10**400},
+        {"skew_ns": COUNT_MAX + 1},
+        {"skew_ns": -COUNT_MAX - 1},
+        {"reason": "a\0b"},
+        {"reason": "\ud800"},
+        {"software": "\0"},
+        {"load": {"cpu_share": float("nan")}},
+        {"load": {"cpu_share": -0.1}},
     )
     for wrong in refused:
         with pytest.raises(ValidationError):
             MachineReport.model_validate({"time_ns": 1, **wrong})
     with pytest.raises(ValidationError):
         BlockDevice(id="sda", device="/dev/sda", size_bytes=-1)
+    with pytest.raises(ValidationError):
+        BlockDevice(id="sda", device="/dev/sda", size_bytes=2**70)
+    for seconds in (float("inf"), float("nan"), -1.0):
+        with pytest.raises(ValidationError):
+            StreamReport(machine=uuid.UUID(int=1), backlog_seconds=seconds)
+
+
+def test_the_largest_numbers_are_taken() -> None:
+    report = MachineReport(time_ns=COUNT_MAX, skew_ns=-COUNT_MAX, sent_bytes=COUNT_MAX)
+    assert read_report(report.model_dump(mode="json")) == report
+
+
+@pytest.mark.parametrize("document", [None, {}, [], "x", {"kind": "machine", "time_ns": 10**400}])
+def test_what_is_stored_and_is_no_report_is_none(document: object) -> None:
+    assert read_report(document) is None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import func, select
+from structlog.testing import capture_logs
 
 from appliance.config_server.store.engine import Database, open_database
 from appliance.config_server.store.schema import (
@@ -20,10 +21,13 @@ from appliance.config_server.store.schema import (
 from appliance.config_server.watching.assessment import Assessment
 from appliance.config_server.watching.config import WatchingConfig
 from appliance.config_server.watching.events import prune
+from appliance.config_server.watching.health import machine_rpo
 from appliance.config_server.watching.lease import LEASE_SECONDS
 from appliance.config_server.watching.reason import Code, Severity, State
+from appliance.config_server.watching.rpo import NO_RPO
 from appliance.config_server.watching.watcher import Watcher
 from daemon.service import Health
+from replication.control.report import read_report
 from replication.errors import ConflictError, ReplicationError
 from tests.appliance.config_server.watching.scene import (
     APPLIER,
@@ -306,3 +310,43 @@ async def test_a_database_that_is_away_does_not_end_the_watch(rig: Rig) -> None:
         await connection.exec_driver_sql("ALTER TABLE machines RENAME TO elsewhere")
     with pytest.raises(ReplicationError):
         await rig.watcher.look()
+
+
+async def test_what_cannot_be_assessed_of_one_harms_no_other(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a number that no clock shows had passed the bounds of a report."""
+
+    def unbounded(document: Any) -> Any:
+        return read_report(document).model_copy(update={"time_ns": 10**400})  # type: ignore[union-attr]
+
+    await rig.watcher.look()
+    monkeypatch.setattr("appliance.config_server.watching.facts.read_report", unbounded)
+    now_ns = rig.clock.advance(1)
+    for node, told in (
+        (MACHINE, machine_report(now_ns)),
+        (PROCESS_SERVER, process_server_report(now_ns)),
+    ):
+        await report(rig.database, node, told, now_ns)
+    health = Health()
+    watcher = Watcher(rig.database, CONFIG, health, rig.clock)
+    with capture_logs() as logs:
+        for _ in range(2):
+            assessment = await watcher.look(events=False)
+        watching = asyncio.create_task(watcher.run())
+        async with asyncio.timeout(10):
+            while not health.criticals:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.01)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+    assert [log["event"] for log in logs] == ["health cannot be told"] * 3, "once of each"
+    assert "db-01" in health.criticals["watching"]
+    for node in (MACHINE, PROCESS_SERVER):
+        name, told_health = assessment.sources()[node]
+        (reason,) = told_health.reasons
+        assert (reason.code, reason.severity) == (Code.DEFECT, Severity.CRITICAL), name
+    assert machine_rpo(assessment.machines[MACHINE].facts, now_ns) == NO_RPO
+    assert assessment.vcenters[VCENTER].health.state is State.NORMAL
+    monkeypatch.undo()
+    await report_all(rig.database, rig.clock.advance(1))
+    assert (await watcher.look()).defects == {}
