@@ -10,7 +10,8 @@
 The config server being away never stops a node: it starts from the assignment on its disk, goes on
 by it, and says so in its health ("config server", a warning). Nothing here raises for it.
 
-- A new assignment is on disk (mode 0600, by rename) before it is handed out.
+- A new assignment is on disk (mode 0600, by rename) before it is handed out; one of an older
+  memory than what was followed without what destroys (`AssignmentMemory`).
 - Reports go out every ``report_seconds`` and at once after ``report_now()``.
 - The certificate is renewed at two thirds of its life; ``on_renewed`` then loads it into contexts
   that are in use (``context.load_cert_chain(files.certificate, files.key)``).
@@ -31,21 +32,19 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import structlog
-from pydantic import ValidationError
 
+from daemon.assignment_memory import AssignmentMemory
 from daemon.certificates import read_certificate, signing_request, utc_now
 from daemon.control_call import ControlCalls, RefusedError, enrolled_context, parse
 from daemon.control_config import ControlConfig
 from daemon.data_key import read_data_key
 from daemon.durable import make_folder, write_whole
 from daemon.identity import (
-    ASSIGNMENT_FILE,
     DATA_KEYS_FOLDER,
     NodeIdentity,
     NodeRecord,
     load,
     pending_key,
-    read_private,
     take_certificate,
 )
 from daemon.service import Health
@@ -106,7 +105,7 @@ class ControlClient(Generic[A]):
                 f"{self._identity.role.value}, not {kind.role.value}",
                 hint="give each daemon an identity folder of its own",
             )
-        self._assignment: A | None = self._read_assignment()
+        self._memory = AssignmentMemory(config.identity_folder, kind, health)
         self._changed = asyncio.Event()
         self._report_wanted = asyncio.Event()
         self._ended = False
@@ -124,12 +123,12 @@ class ControlClient(Generic[A]):
     @property
     def assignment(self) -> A | None:
         """The newest one; None for a node that never heard one."""
-        return self._assignment
+        return self._memory.assignment
 
     @property
     def version(self) -> int:
         """Of the newest assignment, for reports; 0 without one."""
-        return self._assignment.version if self._assignment else 0
+        return self.assignment.version if self.assignment else 0
 
     @property
     def server_ahead_ns(self) -> int:
@@ -157,8 +156,8 @@ class ControlClient(Generic[A]):
         """
         given: A | None = None
         while not self._ended:
-            if self._assignment is not None and self._assignment is not given:
-                given = self._assignment
+            if self.assignment is not None and self.assignment is not given:
+                given = self.assignment
                 yield given
             else:
                 await self._changed.wait()
@@ -195,13 +194,23 @@ class ControlClient(Generic[A]):
         path = self.data_key_file(machine)
         if await asyncio.to_thread(os.path.exists, path):
             return await asyncio.to_thread(read_data_key, path)
+        key = await self.fetch_data_key(machine)
+        await asyncio.to_thread(self.keep_data_key, machine, key)
+        return key
+
+    async def fetch_data_key(self, machine: uuid.UUID) -> bytes:
+        """As the config server has it now, whatever is on the disk. Raises as ``data_key``."""
         answer = await self._connected.ask("GET", f"node/data-keys/{machine}")
         given = parse(GivenDataKey, answer, "data key")
         if given.machine != machine:
             raise PeerError(f"the data key of {given.machine} came for {machine}")
-        await asyncio.to_thread(make_folder, os.path.dirname(path))
-        await asyncio.to_thread(write_whole, path, f"{given.data_key}\n".encode())
         return given.key()
+
+    def keep_data_key(self, machine: uuid.UUID, key: bytes) -> None:
+        """Write it to the disk, in the place of another one. Blocks; raises StorageError."""
+        path = self.data_key_file(machine)
+        make_folder(os.path.dirname(path))
+        write_whole(path, f"{key.hex()}\n".encode())
 
     def forget_data_key(self, machine: uuid.UUID) -> None:
         """Remove it from the disk: the machine is not this node's any more."""
@@ -220,18 +229,6 @@ class ControlClient(Generic[A]):
         self._ended = True
         self._changed.set()
 
-    def _read_assignment(self) -> A | None:
-        path = os.path.join(self._config.identity_folder, ASSIGNMENT_FILE)
-        try:
-            return self._kind.model_validate_json(read_private(path))
-        except FileNotFoundError:
-            return None
-        except ValidationError as error:
-            # The next answer replaces it; until then there is nothing to follow.
-            reason = f"{path} is damaged: {error.errors()[0]['msg']}"
-            structlog.get_logger().warning("assignment passed over", reason=reason)
-            return None
-
     async def _follow(self) -> None:
         """Ask for a newer assignment again and again."""
         failures = 0
@@ -239,8 +236,7 @@ class ControlClient(Generic[A]):
             try:
                 newer = await self._ask_assignment()
                 if newer is not None:
-                    path = os.path.join(self._config.identity_folder, ASSIGNMENT_FILE)
-                    await asyncio.to_thread(write_whole, path, newer.model_dump_json().encode())
+                    newer = await asyncio.to_thread(self._memory.take, newer)
             except ReplicationError as error:
                 self._trouble("assignment", error)
                 await self._back_off(failures)
@@ -249,7 +245,7 @@ class ControlClient(Generic[A]):
             failures = 0
             self._trouble("assignment", None)
             if newer is not None:
-                self._assignment = newer
+                self._memory.accept(newer)
                 changed, self._changed = self._changed, asyncio.Event()
                 changed.set()
 

@@ -49,6 +49,8 @@ def _command(
             return administration.check(config)
         case "migrate", _:
             return administration.bring_up_to_date(config)
+        case "restored", _:
+            return administration.confirm_restored(config)
         case "token", "create":
             role = OperatorRole(arguments.role)
             return administration.make_token(config, arguments.name, role, days=arguments.days)
@@ -77,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("run", help="serve the API (as without a command)")
     commands.add_parser("check", help="look at configuration and database; change nothing")
     commands.add_parser("migrate", help="bring the database to this program's schema")
+    commands.add_parser(
+        "restored",
+        help="the database was put back on purpose: nodes follow all it says, deletions too",
+    )
     token = commands.add_parser("token", help="tokens of operators, made with no API at hand")
     verbs = token.add_subparsers(dest="verb", metavar="VERB", required=True)
     create = verbs.add_parser("create", help="make a token and print it, this once")

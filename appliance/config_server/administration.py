@@ -7,7 +7,7 @@ import datetime as dt
 import time
 from collections.abc import AsyncIterator
 
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.audit import Audit
@@ -20,8 +20,9 @@ from appliance.config_server.store.migration import (
     head_revision,
     migrate,
 )
-from appliance.config_server.store.schema import Token
+from appliance.config_server.store.schema import Node, Token
 from appliance.config_server.tokens import create_token, revoke_token
+from replication.control.memory import RESTORED_STEP
 from replication.control.role import OperatorRole
 from replication.errors import ConfigError
 
@@ -59,6 +60,20 @@ async def make_token(
             created_by=LOCAL_OPERATOR.name,
         )
     return new.secret
+
+
+async def confirm_restored(config: ConfigServerConfig) -> str:
+    """Have the nodes follow wholly what this database says, though it is older than what they
+    followed. Also what it says of ends and deletions.
+    """
+    async with _changing(config, "nodes.restored", "all nodes", detail := {}) as session:
+        raised = update(Node).values(assignment_version=Node.assignment_version + RESTORED_STEP)
+        await session.execute(raised)
+        count = detail["nodes"] = await session.scalar(select(func.count()).select_from(Node))
+    return (
+        f"{count} nodes follow this database wholly from now on, also where it ends protection"
+        " or deletes points; say it again when more nodes have enrolled again"
+    )
 
 
 async def end_token(config: ConfigServerConfig, name: str) -> str:
