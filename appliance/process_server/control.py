@@ -9,7 +9,8 @@ Source: docs/CONTROL.md §4, §5.
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Collection
 
 from appliance.process_server.admission import Admission
 from appliance.process_server.config import Config
@@ -19,10 +20,14 @@ from daemon.control_client import ControlClient
 from daemon.control_config import ControlConfig
 from daemon.identity import NodeIdentity
 from daemon.identity import load as load_identity
-from daemon.service import Service
+from daemon.service import Health, Service
 from daemon.tls import server_context
 from replication.control.assignment import ProcessServerAssignment
 from replication.control.report import ProcessServerReport
+from replication.errors import StorageError
+
+RETRY_SECONDS = 5.0
+"""Between two attempts to let go of machines that have ended."""
 
 
 def open_tls(config: Config) -> ssl.SSLContext:
@@ -71,15 +76,61 @@ async def follow(
 ) -> None:
     """Do as the config server says, and tell it how it goes, until ``service.stop``."""
     reporter = Reporter(url, streams, service.health)
+    endings = _Endings(control, streams, service.health)
 
     async def report() -> ProcessServerReport:
         return await reporter.report(control.version)
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(control.run(report), name="control")
+        ending = tasks.create_task(endings.carry_out(), name="endings")
         async for assignment in control.assignments():
             admission.follow(assignment.machines, assignment.revoked)
-            for stream in streams.all:
-                if stream.machine in assignment.ended:
+            endings.take(assignment.ended)
+        ending.cancel()
+
+
+class _Endings:
+    """Lets go of the machines that have ended, again and again until all of it is done."""
+
+    def __init__(
+        self, control: ControlClient[ProcessServerAssignment], streams: Streams, health: Health
+    ) -> None:
+        self._control = control
+        self._streams = streams
+        self._health = health
+        self._ended: frozenset[uuid.UUID] = frozenset()
+        self._news = asyncio.Event()
+        self._told: set[str] = set()
+
+    def take(self, ended: Collection[uuid.UUID]) -> None:
+        """From now on these have ended, and no others."""
+        self._ended = frozenset(ended)
+        self._news.set()
+
+    async def carry_out(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            done = await self._let_go()
+            self._control.report_now()
+            if not done:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(RETRY_SECONDS):
+                        await self._news.wait()
+                self._news.set()
+
+    async def _let_go(self) -> bool:
+        """Whether all of it is done: a full disk may be in the way, for a while."""
+        failed = {}
+        for stream in self._streams.all:
+            if stream.machine in self._ended:  # as it is said now, not when this began
+                try:
                     await stream.end()
-            control.report_now()
+                except StorageError as error:
+                    failed[f"end of {stream.machine}"] = str(error)
+        for part in self._told | failed.keys():
+            self._health.report(part, warning=failed.get(part, ""))
+        self._told = set(failed)
+        return not failed

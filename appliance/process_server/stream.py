@@ -98,11 +98,12 @@ class Stream:
         self.committed = asyncio.Event()
         self.room = MachineRoom(room)
         self._disk = disk
+        self._written: Ledger | None = None
 
     async def restore(self, stored: StoredMachine) -> None:
         """Take over what a start found, and drop what does not count any more."""
         if stored.ledger is not None:
-            self.known = True
+            self.known, self._written = True, stored.ledger
             self.position, self.durable_ns = stored.ledger.position, stored.ledger.durable_ns
         manifested = [one for one in stored.attempts if one.manifest is not None]
         for one in sorted(manifested, key=lambda one: one.id.stamp):
@@ -123,7 +124,7 @@ class Stream:
         if ledger.position.committed > found.committed:
             found = ledger.position
         durable_ns = max(self.durable_ns, ledger.durable_ns)
-        await self._disk.run(self.spool.write_ledger, self.machine, Ledger(found, durable_ns))
+        await self._write(Ledger(found, durable_ns))
         self.position, self.durable_ns, self.known = found, durable_ns, True
 
     def state(self) -> StreamState:
@@ -202,8 +203,7 @@ class Stream:
         async with self.lock:
             position = self.position.after_applied(watermark.applied)
             if position != self.position:
-                ledger = Ledger(position, self.durable_ns)
-                await self._disk.run(self.spool.write_ledger, self.machine, ledger)
+                await self._write(Ledger(position, self.durable_ns))
                 self.position = position
                 await self._prune()
 
@@ -211,16 +211,16 @@ class Stream:
         """Something acknowledged is lost here and in the cache: go back to what is applied.
 
         The agent sends all that changed since, as a new changeset; what is held of the lost ones'
-        successors could never be applied and goes.
+        successors could never be applied and goes. What was durable is only what the applier has.
         """
         async with self.lock:
             watermark = self.watermark
             if watermark.applied >= self.position.committed or self.leads_on(watermark.applied):
                 return
             position = self.position.fallen_back(watermark.applied, watermark.attempt)
-            ledger = Ledger(position, self.durable_ns)
-            await self._disk.run(self.spool.write_ledger, self.machine, ledger)
-            self.position = position
+            durable_ns = min(self.durable_ns, watermark.restorable_ns)
+            await self._write(Ledger(position, durable_ns))
+            self.position, self.durable_ns = position, durable_ns
             for stamp in list(self.held):
                 await self._drop_held(stamp)
 
@@ -228,15 +228,17 @@ class Stream:
         """The machine is not protected any more: let go of all that is not applied.
 
         The position stays, on the disk first: a number that was acknowledged is never used again,
-        should the machine come back.
+        should the machine come back: on a full disk, what frees room without a word in the ledger
+        goes first. Raises StorageError; what is left is for another try.
         """
         async with self.lock:
-            if not (self.attempts or self.held):
-                return
-            ledger = Ledger(self.position, self.durable_ns)
-            await self._disk.run(self.spool.write_ledger, self.machine, ledger)
             await self._drop(list(self.attempts.values()))
-            for stamp in list(self.held):
+            held = sorted(self.held)
+            for stamp in held[:-1]:  # the newest one's manifest says the position after a crash
+                await self._drop_held(stamp)
+            if held and (self._written is None or self._written.position != self.position):
+                await self._write(Ledger(self.position, self.durable_ns))
+            for stamp in held[-1:]:
                 await self._drop_held(stamp)
 
     async def abandon(self, attempts: Iterable[OpenAttempt]) -> None:
@@ -269,6 +271,10 @@ class Stream:
             for stamp, one in self.held.items()
         )
 
+    def holds(self, changeset: Changeset) -> bool:
+        """Whether it is this one that is held: another may have its stamp after a fall back."""
+        return self.held.get(changeset.stamp) is changeset
+
     @property
     def unapplied(self) -> bool:
         return bool(self.held)
@@ -300,6 +306,10 @@ class Stream:
             opened.segments[segment.index] = segment
             self.room.take(segment.size_bytes)
         self.attempts[(stored.id.stamp, stored.id.attempt)] = opened
+
+    async def _write(self, ledger: Ledger) -> None:
+        await self._disk.run(self.spool.write_ledger, self.machine, ledger)
+        self._written = ledger
 
     async def _prune(self) -> None:
         """Drop what is applied. The ledger on disk must say so by now."""

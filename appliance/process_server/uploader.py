@@ -128,6 +128,9 @@ class Uploader:
 
     @staticmethod
     def _note_durable(stream: Stream, changeset: Changeset) -> None:
+        """A changeset that was let go without being applied may never have come whole."""
+        if not (stream.holds(changeset) or changeset.stamp <= stream.position.applied):
+            return
         if all(one.whole for one in held_in_order(stream) if one.stamp < changeset.stamp):
             stream.durable_ns = max(stream.durable_ns, changeset.time_ns)
 
@@ -179,14 +182,18 @@ def note_uploaded(changeset: Changeset, sizes: dict[str, int]) -> None:
 
 
 def _refuse_pruned(stream: Stream, changeset: Changeset) -> None:
-    """What is applied is not put: its container may be dropped by now, and would come back."""
-    if changeset.stamp not in stream.held:
+    """What is applied or let go of is not put: its container may be dropped by now, and would
+    come back.
+    """
+    if not stream.holds(changeset):
         raise FileNotFoundError(str(changeset.id))
 
 
 def _refuse_lost(stream: Stream, changeset: Changeset) -> None:
-    """A file that is gone is fine if its changeset is applied and pruned; it is damage if not."""
-    if changeset.stamp in stream.held:
+    """A file that is gone is fine if its changeset is dropped, also when another one has taken its
+    stamp since; it is damage if not.
+    """
+    if stream.holds(changeset):
         raise IntegrityError(
             f"files of {changeset.id} have vanished from the spool {stream.spool.folder}",
             hint="stop the process server and remove the machine's folder from the spool: "

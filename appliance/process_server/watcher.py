@@ -60,7 +60,7 @@ class Watcher:
         while True:
             etag = await self._persistence.insist(lambda etag=etag: self._look(stream, etag))  # type: ignore[misc]
             await self._persistence.insist(lambda: self._recheck(stream))
-            await self._serve(stream, served)
+            await self._persistence.insist(lambda: self._serve(stream, served))
             await self._pause(stream)
 
     async def _pause(self, stream: Stream) -> None:
@@ -103,7 +103,7 @@ class Watcher:
                 await self._mend(stream, changeset, sizes)
 
     async def _mend(self, stream: Stream, changeset: Changeset, sizes: dict[str, int]) -> None:
-        if changeset.stamp not in stream.held:
+        if not stream.holds(changeset):
             return
         note_uploaded(changeset, sizes)
         doubled = max(2 * changeset.recheck_seconds, self._config.recheck_seconds)
@@ -161,7 +161,7 @@ class Watcher:
     async def _put_wanted(
         self, stream: Stream, changeset: Changeset, segment: Segment | None
     ) -> None:
-        if not changeset.whole or changeset.stamp not in stream.held:
+        if not (changeset.whole and stream.holds(changeset)):
             return  # on its way for the first time, or applied meanwhile
         if segment is None:
             await self._uploader.put_manifest(stream, changeset, over=True)

@@ -23,7 +23,10 @@ from replication.errors import ConfigError
 from tests.appliance.orders import Orders
 from tests.appliance.process_server.rig import Agent, Certificates, ProcessServer, become
 from tests.appliance.process_server.sample import make_changeset
+from tests.appliance.process_server.test_durability import fill, small_disk
 from tests.azure_emu.fixtures import EmulatorProcess, free_ports
+
+__all__ = ["small_disk"]
 
 NODE = uuid.uuid4()
 
@@ -34,15 +37,21 @@ async def orders(tmp_path: Path) -> AsyncIterator[Orders]:
         yield orders
 
 
-@pytest.fixture
-def server(
-    tmp_path: Path, certificates: Certificates, azurite: EmulatorProcess, orders: Orders
-) -> Iterator[ProcessServer]:
+def controlled_server(
+    tmp_path: Path,
+    certificates: Certificates,
+    azurite: EmulatorProcess,
+    orders: Orders,
+    *,
+    spool: Path | None = None,
+) -> ProcessServer:
+    """Not started."""
     orders.identity(tmp_path / "identity", NodeRole.PROCESS_SERVER, NODE)
-    server = ProcessServer(
+    return ProcessServer(
         tmp_path,
         certificates,
         azurite.connection_string,
+        spool=spool,
         authority=f"""[control]
 config_server = "{orders.url}"
 identity_folder = "{tmp_path / "identity"}"
@@ -51,6 +60,12 @@ wait_seconds = 2.0
 """,
     )
 
+
+@pytest.fixture
+def server(
+    tmp_path: Path, certificates: Certificates, azurite: EmulatorProcess, orders: Orders
+) -> Iterator[ProcessServer]:
+    server = controlled_server(tmp_path, certificates, azurite, orders)
     try:
         yield server
     finally:
@@ -118,6 +133,36 @@ async def test_spool_lets_go_of_a_machine_that_has_ended_and_keeps_its_position(
     async with Agent(server, machine, tls) as agent:
         await become(lambda: answers(agent, 200), seconds_max=10)
         assert (await agent.state()).state.committed == Stamp(1, 1)
+
+
+async def test_full_disk_is_told_and_waited_for_when_a_machine_has_ended(
+    tmp_path: Path,
+    small_disk: Path,
+    certificates: Certificates,
+    azurite: EmulatorProcess,
+    orders: Orders,
+) -> None:
+    machine = uuid.uuid4()
+    server = controlled_server(
+        tmp_path, certificates, azurite, orders, spool=small_disk / "spool"
+    ).start()
+    ballast = small_disk / "ballast"
+    try:
+        await orders.assign(NODE, assignment(1, machine))
+        async with Agent(server, machine, orders.machine_tls(machine)) as agent:
+            await become(lambda: answers(agent, 200), seconds_max=10)
+            await agent.send(make_changeset(machine, Stamp(1, 1)))
+        fill(ballast)
+        await orders.assign(NODE, assignment(2, ended=(machine,)))
+        await become(lambda: told(server, f"end of {machine}"), seconds_max=10)
+        server.kill()
+        server.start()  # and it does not end either
+        await become(lambda: told(server, f"end of {machine}"), seconds_max=10)
+        ballast.unlink()
+        await become(lambda: not server.spooled(machine), seconds_max=20)
+        await become(lambda: not_told(server, f"end of {machine}"), seconds_max=10)
+    finally:
+        server.kill()
 
 
 async def test_revoked_certificate_is_refused_on_open_connections_within_seconds(
