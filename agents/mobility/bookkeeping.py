@@ -7,7 +7,9 @@ The order around a commit:
 3. the commit is sent and acknowledged;
 4. the state says that it is committed, and ``todo`` no longer holds its blocks (``finish``).
 
-A crash before 3 leaves a pending commit that the process server does not know: dropped, taken anew.
+A crash before 3 leaves a pending commit that the process server does not know: dropped, its blocks
+taken anew under another number. The old one may yet arrive, from a request that nobody waits for
+any more: then the new one, which counts from before it, is applied on top of it.
 A crash after 3 leaves one that it knows: finished at the next start. Between 2 and 4 the trackers
 are not swapped, so ``todo`` does not change and step 4 can be repeated.
 """
@@ -37,7 +39,7 @@ from replication.control.report import ResyncCause
 from replication.errors import PeerError
 from replication.manifest import NO_BASIS
 from replication.stream import StreamState
-from replication.watermark import Repair
+from replication.watermark import NO_ATTEMPT, Repair
 
 RECONCILE_STEPS_MAX = 8
 
@@ -47,7 +49,12 @@ def make_pending(
 ) -> None:
     """Steps 1 and 2: after this the commit may be sent."""
     state.retain(pending.stamp.number, state.position.since, sent)
-    state.save(pending=pending, audit_chunk=audit_chunk)
+    state.save(
+        pending=pending,
+        used=pending.stamp.number,
+        used_attempt=pending.attempt,
+        audit_chunk=audit_chunk,
+    )
 
 
 def finish(state: StreamStateFile) -> None:
@@ -113,6 +120,8 @@ def begin_generation(
         {disk: BlockSet.full(count) for disk, count in block_counts.items()},
         generation=_next_generation(state, stream),
         committed=0,
+        used=0,
+        used_attempt=NO_ATTEMPT,
         since=0,
         pending=None,
         seeded=False,
@@ -175,6 +184,8 @@ def begin_resync(
         todo,
         generation=_next_generation(state, stream),
         committed=0,
+        used=0,
+        used_attempt=NO_ATTEMPT,
         since=0,
         pending=None,
         seeded=False,

@@ -37,9 +37,13 @@ def find_interruption(disks: Sequence[SourceDisk], state: StreamStateFile) -> In
 
 
 def _is_whole(disk: SourceDisk, state: StreamStateFile) -> bool:
-    """Whether all of the disk is to do: then nothing depends on what the tracker does not know."""
+    """Whether all of the disk is to do: then nothing depends on what the tracker does not know.
+
+    Not while a commit is pending: should it have been taken, its blocks are done.
+    """
     todo = state.todo.get(disk.index)
-    return todo is not None and len(todo) == disk.block_count
+    is_full = todo is not None and len(todo) == disk.block_count
+    return is_full and state.position.pending is None
 
 
 def _of_disk(disk: SourceDisk, then: DeviceIdentity, *, whole: bool) -> Interruption | None:

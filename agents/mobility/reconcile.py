@@ -42,7 +42,7 @@ class DropPending:
 class Fold:
     """Changesets were lost that had been acknowledged: send their blocks again.
 
-    since: what the second site is known to hold.
+    since: what the second site is known to hold, or something before it.
     lost:  the retained changesets whose blocks together are all that changed after it and before
            what ``todo`` counts from.
     """
@@ -93,12 +93,16 @@ def reconcile(position: Position, retained: Mapping[int, int], stream: StreamSta
         return Require(
             lost_cause(stream.watermark), f"the second site cannot go on: {stream.watermark.lost}"
         )
-    committed = Stamp(generation, position.committed)
-    if max(stamp for stamp, _ in held) > committed:
+    used = max(position.committed, position.used)
+    if max(stamp for stamp, _ in held) > Stamp(generation, used):
         return Require(ResyncCause.STREAM_LOST, "the agent's state is older than the stream")
-    ours = (NO_ATTEMPT, position.attempt)
-    if position.committed and any(
-        stamp == committed and attempt not in ours for stamp, attempt in held
+    ours = {position.used: position.used_attempt, position.committed: position.attempt}
+    if any(
+        stamp.generation == generation
+        and stamp.number > 0
+        and ours.get(stamp.number, attempt) != attempt
+        and attempt != NO_ATTEMPT
+        for stamp, attempt in held
     ):
         return Require(
             ResyncCause.STREAM_LOST, "the stream holds a changeset that this agent did not send"
@@ -120,7 +124,8 @@ def reconcile(position: Position, retained: Mapping[int, int], stream: StreamSta
             )
         lost.append(reached)
         reached = retained[reached]
-    return Fold(known, tuple(lost)) if lost else GoOn()
+    # Not ``known``: that may be a changeset whose commit came late, and whose blocks nobody kept.
+    return Fold(reached, tuple(lost)) if lost else GoOn()
 
 
 def believed(stream: StreamState, key: WatermarkKey) -> tuple[StreamState, bool]:

@@ -258,7 +258,7 @@ class Replicator:
         if self._stream is not None and not self._stream.watermark.lost:
             await asyncio.to_thread(take_up_repair, self._state, self._stream.watermark.repair)
         position = self._state.position
-        stamp = Stamp(position.generation, position.committed + 1)
+        stamp = position.next_stamp
         sealer = AttemptSealer(
             self._data_key, self._config.machine, stamp, level=self._config.send.zstd_level
         )
@@ -307,7 +307,7 @@ class Replicator:
         position = self._state.position
         assert position.stage is Stage.COMPARING
         assert position.since == 0
-        stamp = Stamp(position.generation, position.committed + 1)
+        stamp = position.next_stamp
         sealer = AttemptSealer(self._data_key, self._config.machine, stamp)
         now_ns = time.time_ns()
         manifest = Manifest(

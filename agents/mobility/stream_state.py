@@ -86,6 +86,9 @@ class Position:
 
     generation:  of the stream; 0 before the first.
     committed:   last number acknowledged by the process server.
+    used:        highest number whose commit may have been sent, acknowledged or not: no other
+                 changeset ever gets it, for the first one may yet arrive.
+    used_attempt: the attempt that it was sent with.
     attempt:     the attempt that was acknowledged.
     since:       the number that ``todo`` counts from.
     applied:     newest changeset known to be in the store.
@@ -102,6 +105,8 @@ class Position:
 
     generation: int = 0
     committed: int = 0
+    used: int = 0
+    used_attempt: bytes = NO_ATTEMPT
     attempt: bytes = NO_ATTEMPT
     since: int = 0
     applied: Stamp = NOTHING
@@ -114,6 +119,11 @@ class Position:
     basis: bytes = NO_BASIS
     resync: Resync | None = None
     resync_request: int = 0
+
+    @property
+    def next_stamp(self) -> Stamp:
+        """Of the next changeset."""
+        return Stamp(self.generation, max(self.committed, self.used) + 1)
 
     @property
     def stage(self) -> Stage | None:
@@ -300,6 +310,8 @@ def _pack(position: Position, todo: BlockSets) -> bytes:
         {
             "generation": position.generation,
             "committed": position.committed,
+            "used": position.used,
+            "used_attempt": position.used_attempt.hex(),
             "attempt": position.attempt.hex(),
             "since": position.since,
             "applied_generation": position.applied.generation,
@@ -338,6 +350,10 @@ def _unpack(data: bytes) -> tuple[Position, BlockSets]:
     position = Position(
         generation=generation,
         committed=tree.uint("committed"),
+        used=tree.uint("used") if "used" in tree else tree.uint("committed"),
+        used_attempt=tree.hex(
+            "used_attempt" if "used_attempt" in tree else "attempt", ATTEMPT_BYTES
+        ),
         attempt=tree.hex("attempt", ATTEMPT_BYTES),
         since=tree.uint("since"),
         applied=Stamp(tree.uint("applied_generation"), tree.uint("applied_number")),

@@ -244,7 +244,7 @@ class World:
         position = self.agent.position
         blocks = [] if carries is None else [b for run in carries.runs() for b in _blocks(run)]
         content = {block: self.source[block] for block in blocks}
-        stamp = Stamp(position.generation, position.committed + 1)
+        stamp = position.next_stamp
         manifest = Manifest(
             machine=MACHINE,
             bookmark=Bookmark(stamp, 0, Consistency.CRASH if exact else Consistency.NONE),

@@ -105,7 +105,7 @@ class World:
         part = todo.copy() if whole else todo.first(PART_BLOCKS)
         content = {block: self.source[block] for run in part.runs() for block in _blocks(run)}
         position = self.agent.position
-        stamp = Stamp(position.generation, position.committed + 1)
+        stamp = position.next_stamp
         consistency = Consistency.CRASH if whole else Consistency.NONE
         manifest = Manifest(
             machine=MACHINE,

@@ -85,6 +85,20 @@ def numbers(blocks: BlockSet) -> set[int]:
     return {at for first, count in blocks.runs() for at in range(first, first + count)}
 
 
+def test_number_whose_commit_may_have_been_sent_is_not_used_again(
+    state: StreamStateFile, tmp_path: Path
+) -> None:
+    sends(state)
+    changed(state, 3)
+    sends(state, taken=False)
+    given_up = state.position.next_stamp.number - 1
+    settled(state, told(Stamp(1, 1)))
+    again = StreamStateFile(str(tmp_path), MACHINE)
+    assert again.position.pending is None
+    assert again.position.next_stamp == Stamp(1, given_up + 1)
+    assert (again.position.since, numbers(again.todo[0])) == (1, {3})
+
+
 def test_first_generation_has_everything_to_do(state: StreamStateFile) -> None:
     assert state.position.generation == 1
     assert not state.position.seeded

@@ -10,11 +10,11 @@ import pytest
 from agents.mobility.device import DeviceIdentity
 from agents.mobility.interruption import find_interruption
 from agents.mobility.source import SourceDisk
-from agents.mobility.stream_state import StreamStateFile
+from agents.mobility.stream_state import Pending, StreamStateFile
 from agents.mobility.tracker.ebpf import EbpfTracker
 from agents.mobility.tracker.scan import ScanTracker
 from replication.block_set import BlockSet
-from replication.bookmark import DiskShape
+from replication.bookmark import DiskShape, Stamp
 from replication.control.report import ResyncCause
 from tests.agents.mobility.conftest import MakeLoopDisk, OpenDevice
 
@@ -58,6 +58,10 @@ def test_tracker_that_began_anew_has_lost_changes_unless_all_is_to_do(
     assert (
         find_interruption([source], remembering(tmp_path, identity, BlockSet.full(BLOCKS))) is None
     )
+    pending = remembering(tmp_path, identity, BlockSet.full(BLOCKS))
+    pending.save(pending=Pending(Stamp(1, 1), bytes(16), whole=True))
+    assert find_interruption([source], pending) is not None  # it may be done already
+    pending.save(pending=None)
     source.tracker.swap()
     source.tracker.forget()
     assert find_interruption([source], remembering(tmp_path, identity, BlockSet(BLOCKS))) is None

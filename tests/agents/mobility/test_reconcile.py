@@ -68,6 +68,19 @@ def decide(where: Position, retained: dict[int, int], told: StreamState) -> Deci
     return reconcile(where, retained, told)
 
 
+def test_commit_that_comes_late_is_built_upon() -> None:
+    """Its number is not given to anything else, so whoever applies it loses nothing."""
+    dropped = position(10, used=11, used_attempt=OTHER)
+    assert dropped.next_stamp == at(12)
+    for told in (stream(at(11), OTHER), stream(at(10), applied=at(11), applied_attempt=OTHER)):
+        assert decide(dropped, {}, told) == GoOn()
+    assert isinstance(decide(dropped, {}, stream(at(11), b"x" * 16)), Require)
+    assert isinstance(decide(dropped, {}, stream(at(12), OTHER)), Require)
+    # What follows it and is lost in turn counts from before it: its own blocks nobody has kept.
+    after = position(12, used=12, used_attempt=MINE)
+    assert decide(after, {12: 10}, stream(at(11), OTHER)) == Fold(10, (12,))
+
+
 @pytest.mark.parametrize("told", [stream(), stream(at(9)), stream(at(5), lost=GENERATION)])
 def test_nothing_is_decided_while_a_resync_is_required(told: StreamState) -> None:
     waits = Resync(ResyncCause.OPERATOR, "ordered")
@@ -155,8 +168,8 @@ def test_lost_changesets_are_folded_back_to_what_is_known() -> None:
     assert decide(position(6), retained, stream(at(4))) == Fold(4, (6, 5))
     assert decide(position(6), retained, stream(NOTHING, applied=at(5))) == Fold(5, (6,))
     assert decide(position(6, applied=at(5)), retained, stream()) == Fold(5, (6,))
-    # A changeset that counts from further back holds all that is in between.
-    assert decide(position(8), {8: 3}, stream(at(5))) == Fold(5, (8,))
+    # What it then counts from is what the oldest of them counted from, whatever else is known.
+    assert decide(position(8), {8: 3}, stream(at(5))) == Fold(3, (8,))
     # Folded already, and not yet sent.
     assert decide(position(8, since=3), {}, stream(at(3))) == GoOn()
 
@@ -188,7 +201,7 @@ def check(where: Position, retained: dict[int, int], told: StreamState) -> None:
         assert known >= where.since  # what is sent next can be taken
         assert newest <= at(where.committed)  # and its number is free
     elif isinstance(decision, Fold):
-        assert decision.since == known < where.since
+        assert decision.since <= known < where.since
         assert covers(decision, retained, where.since)
         assert newest <= at(where.committed)
         # Once folded, both agree.
