@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 from appliance.applier.config import ApplierConfig
 from appliance.applier.fleet import Fleet
+from appliance.applier.key_renewal import KeyRenewal
 from appliance.applier.reporting import Reporter
 from appliance.applier.retention import RETENTION_SECONDS_MAX, RetentionPolicy
 from appliance.applier.target import Target
@@ -27,7 +28,7 @@ from replication.control.report import ApplierReport
 from replication.errors import ConfigError, ReplicationError
 
 RETRY_SECONDS = 5.0
-"""Between two attempts to fetch a data key, or to remove a store."""
+"""Between two attempts to fetch a data key, or to remove a store, and two looks at the keys."""
 
 FETCHES_MAX = 2
 """Data keys that are asked for at once."""
@@ -83,6 +84,7 @@ class _Orders:
         self._news = asyncio.Event()
         self._waiting: set[str] = set()
         self._fetches = asyncio.Semaphore(FETCHES_MAX)
+        self._keys = KeyRenewal(control, fleet)
 
     def take(self, assignment: ApplierAssignment) -> None:
         self._newest = assignment
@@ -90,20 +92,27 @@ class _Orders:
 
     async def carry_out(self) -> None:
         """Until cancelled."""
+        done = True
         while True:
-            await self._news.wait()
-            self._news.clear()
-            assert self._newest is not None
-            if not await self._follow(self._newest):
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(RETRY_SECONDS):
-                        await self._news.wait()
-                self._news.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RETRY_SECONDS):
+                    await self._news.wait()
+            if self._newest is None:
+                continue
+            new_keys = await self._keys.renew(self._newest.version)
+            if self._news.is_set() or new_keys or not done:
+                self._news.clear()
+                done = await self._follow(self._newest, new_keys)
 
-    async def _follow(self, assignment: ApplierAssignment) -> bool:
+    async def _follow(
+        self, assignment: ApplierAssignment, new_keys: Mapping[uuid.UUID, bytes]
+    ) -> bool:
         """Whether all of it is done. Machines whose keys are here do not wait for the others."""
         removed = set(assignment.removed) - {machine.id for machine in assignment.machines}
-        keys = {machine.id: self._kept_key(machine.id) for machine in assignment.machines}
+        keys = {
+            machine.id: new_keys.get(machine.id) or self._kept_key(machine.id)
+            for machine in assignment.machines
+        }
         await self._fleet.follow(self._targets(assignment, keys), removed)
         missing = [machine for machine in assignment.machines if keys[machine.id] is None]
         if missing:

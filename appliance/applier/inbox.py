@@ -66,6 +66,8 @@ class Inbox:
     passed_over: containers that wait and are too many to be listed in one look.
     newest:     the newest changeset that names tell of, or its container's first: unproven.
     authentic:  the newest changeset whose manifest was opened.
+    unopened:   the newest one whose manifest the data key did not open, while no other was opened
+                since: altered, or sealed under another key.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Inbox:
         self.passed_over = 0
         self.newest = NOTHING
         self.authentic = NOTHING
+        self.unopened: tuple[str, Stamp] | None = None
 
     async def look(self, head: Stamp) -> None:
         """Find out anew which containers there are; ``next`` lists what it needs of them."""
@@ -175,20 +178,34 @@ class Inbox:
             self._mark(stamp, "it is listed and cannot be read")
             return
         try:
-            manifest, key = self._open(raw, stamp)
+            manifest, key = self._open(raw, stamp, self._data_key)
         except PeerError as error:
             self._mark(stamp, str(error))
             return
         except IntegrityError as error:
+            self.unopened = seen.container, stamp
             hint = f"or {self._data_key_file} is not the data key of this machine's agent"
             self._mark(stamp, f"{error}, {hint}")
             return
         self._opened = Opened(manifest, key, seen.container)
+        self.unopened = None
         self.authentic = max(self.authentic, stamp)
         self._seen[stamp] = replace(seen, since=manifest.since)
 
-    def _open(self, raw: bytes, stamp: Stamp) -> tuple[Manifest, AttemptKey]:
-        manifest, key = open_manifest(raw, self._data_key)
+    async def is_opened_by(self, data_key: bytes) -> bool:
+        """Whether another data key opens what ours did not."""
+        if self.unopened is None:
+            return False
+        container, stamp = self.unopened
+        name = manifest_name(stamp.number)
+        raw = await self._account.read(container, name, MANIFEST_BYTES_MAX)
+        try:
+            return raw is not None and bool(self._open(raw, stamp, data_key))
+        except (PeerError, IntegrityError):
+            return False
+
+    def _open(self, raw: bytes, stamp: Stamp, data_key: bytes) -> tuple[Manifest, AttemptKey]:
+        manifest, key = open_manifest(raw, data_key)
         if (manifest.machine, manifest.stamp) != (self._machine, stamp):
             raise IntegrityError(
                 f"it is the manifest of {manifest.stamp} of {manifest.machine}, in the place of"

@@ -44,8 +44,9 @@ _log = structlog.get_logger()
 class MachineApplier:
     """Applies one machine until it is cancelled.
 
+    inbox:        what waits for it.
     lost:         why only a resync helps; empty while none is needed.
-    open_repairs: runs of blocks that the source has been asked for.
+    open_repairs: runs of blocks that the source must send again, asked for or by a resync.
     """
 
     def __init__(self, shared: Shared, target: Target) -> None:
@@ -53,7 +54,7 @@ class MachineApplier:
         self._target = target
         self._wake = asyncio.Event()
         self._lease = MachineLease(shared.account, target.id, shared.owner, self._wake)
-        self._inbox = Inbox(shared.account, target.id, target.data_key, target.key_source)
+        self.inbox = Inbox(shared.account, target.id, target.data_key, target.key_source)
         self._watermark = WatermarkBlob(shared.account)
         self._watermark_key = WatermarkKey(target.data_key, target.id)
         self.lost = ""
@@ -149,8 +150,7 @@ class MachineApplier:
                 keeping=keeping,
                 look_seconds=shared.config.sweep_seconds,
             )
-            self._look_at = 0.0
-            named = ""
+            self._look_at, named = 0.0, ""
             while self._lease.ownership is not Ownership.TAKEN:
                 self._count_lease()
                 if named != self._target.name:
@@ -189,17 +189,17 @@ class MachineApplier:
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + self._shared.config.sweep_seconds
-            await self._inbox.look(_head(store))
+            await self.inbox.look(_head(store))
             await self._watermark.refresh()
             await self._drop_applied(store)
         if self._asking.is_due(now):
             self._bad.clear()
-            self._inbox.doubt()
+            self.inbox.doubt()
             await self._watermark.say_again()
         lacking: dict[Stamp, list[str]] = {}
         while True:
-            found = await self._inbox.next(_head(store), lacking)
-            for fault in self._inbox.take_faults():
+            found = await self.inbox.next(_head(store), lacking)
+            for fault in self.inbox.take_faults():
                 self._event(keeping, "manifest", fault.message)
             match found:
                 case Opened():
@@ -267,7 +267,7 @@ class MachineApplier:
         self._asking.settle()
         self._bad.clear()
         self._malformed.clear()
-        self._inbox.forget(manifest.stamp)
+        self.inbox.forget(manifest.stamp)
         self._count_applied(opened)
         keeping.take_note(manifest.bookmark)
         await self._say(store, keeping)
@@ -279,7 +279,7 @@ class MachineApplier:
         why = "its source has compared with another state than this store's"
         self._event(keeping, "basis", f"changeset {stamp}: {why}")
         self._malformed[stamp] = why
-        self._inbox.refuse(stamp, why)
+        self.inbox.refuse(stamp, why)
         return True
 
     def _refuse(
@@ -293,7 +293,7 @@ class MachineApplier:
         if faults.malformed:
             self._event(keeping, "malformed", f"changeset {stamp}: {faults.malformed}")
             self._malformed[stamp] = faults.malformed
-            self._inbox.refuse(stamp, f"its segments are malformed: {faults.malformed}")
+            self.inbox.refuse(stamp, f"its segments are malformed: {faults.malformed}")
             return True
         self._asking.ask([*faults.missing, *faults.damaged], time.monotonic())
         return False
@@ -312,7 +312,7 @@ class MachineApplier:
                 wanted=self._asking.names,
                 repair=keeping.repair,
                 lost=lost,
-                lost_generation=max(self._inbox.authentic, _head(store)).generation if lost else 0,
+                lost_generation=max(self.inbox.authentic, _head(store)).generation if lost else 0,
                 lost_cause=cause.value if lost else "",
                 sums=self._sums.basis if self._sums is not None else NO_BASIS,
             ).signed(self._watermark_key)
@@ -334,13 +334,13 @@ class MachineApplier:
             return
         passed = [
             name
-            for name in self._inbox.containers
+            for name in self.inbox.containers
             if (last := container_last(name)) is not None and last < head
         ]
         needed = self._sums is not None and self._sums.is_needed
         passed += [
             sums_container(self._target.id, generation)
-            for generation in self._inbox.sums
+            for generation in self.inbox.sums
             if generation < head.generation or (generation == head.generation and not needed)
         ]
         self._undropped = ""
@@ -356,15 +356,15 @@ class MachineApplier:
 
     def _report(self, head: Stamp, keeping: Keeping, warning: str) -> None:
         self.lost = self._lost(keeping)
-        self.open_repairs = len(keeping.repair.runs)
+        self.open_repairs = keeping.open_repairs
         told = [trouble for trouble in (warning, self._undropped) if trouble]
         if not (warning or self._watermark.is_put):
             told.append("the cache does not take the watermark: what is applied cannot be told")
         if self._asking.names:
             faults = f"; {keeping.newest_event}" if keeping.newest_event else ""
             told.append(f"waiting for {len(self._asking.names)} blobs to be put again{faults}")
-        if self._inbox.passed_over:
-            told.append(f"{self._inbox.passed_over} containers more wait than are looked at once")
+        if self.inbox.passed_over:
+            told.append(f"{self.inbox.passed_over} containers more wait than are looked at once")
         if self.open_repairs:
             told.append(f"{self.open_repairs} runs of blocks need repair by the source")
         self._shared.health.report(
@@ -374,7 +374,7 @@ class MachineApplier:
         )
         name, metrics = self._target.name, self._shared.metrics
         metrics.wanted_blobs.labels(name).set(len(self._asking.names))
-        newest = self._inbox.newest
+        newest = self.inbox.newest
         behind = newest.number - (head.number if newest.generation == head.generation else 0)
         metrics.lag_changesets.labels(name).set(behind if newest > head else 0)
 

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 
-from appliance.applier.control import policy_of
+from appliance.applier.control import RETRY_SECONDS, policy_of
 from appliance.applier.removal import REMOVED_PREFIX, finish_removals, remove_store
 from appliance.applier.retention import RetentionPolicy
 from appliance.applier.store import ReaderStore, machines_in
+from daemon.assignment_memory import HEALTH_PART
 from daemon.folder_lock import FolderLock
 from replication.bookmark import Stamp
 from replication.control.assignment import AppliedMachine, ApplierAssignment
+from replication.control.memory import RESTORED_STEP
 from replication.control.role import NodeRole
 from replication.errors import UnavailableError
 from tests.appliance.applier.running import WAIT_SECONDS_MAX, ApplierProcess, Site
@@ -225,6 +227,60 @@ async def test_streams_go_on_without_the_config_server_also_after_a_restart(
         await site.until_applied(stranger, Stamp(1, 1))
         await until(lambda: health_of(health_port).get("warnings") == {})
     site.check(source, *changesets)
+
+
+async def test_a_key_that_changed_is_fetched_again_once_and_taken_if_it_opens_what_waits(
+    site: Site, orders: Orders, spawn: Callable[[], ApplierProcess], health_port: int
+) -> None:
+    source, wrong = a_source(1 << 20), bytes(32)
+    orders.data_keys[source.machine] = wrong
+    key = site.folder / "identity" / "data-keys" / f"{source.machine}.key"
+    with mounted(spawn(), site):
+        await orders.assign(NODE, told(1, named(source, "web")))
+        await until(key.exists)
+        await source.changeset().put(site.account)
+        await until(lambda: len(orders.asked) == 2)  # what is forged looks the same
+        await asyncio.sleep(RETRY_SECONDS + 1)
+        assert len(orders.asked) == 2
+        assert "is not the data key" in str(health_of(health_port))
+        orders.data_keys[source.machine] = bytes([1]) * 32  # a wrong one takes no other's place
+        await orders.assign(NODE, told(2, named(source, "web")))
+        await until(lambda: len(orders.asked) == 3)
+        known(orders, source)
+        await orders.assign(NODE, told(3, named(source, "web")))
+        await site.until_applied(source, Stamp(1, 1))
+        assert len(orders.asked) == 4
+        assert key.read_text().strip() == source.data_key.hex()
+        orders.data_keys[source.machine] = wrong
+        await orders.assign(NODE, told(4, named(source, "web")))
+        source.scribble()
+        await source.changeset().put(site.account)
+        await site.until_applied(source, Stamp(1, 2))
+        assert len(orders.asked) == 4
+
+
+async def test_an_older_memory_removes_nothing_until_it_is_confirmed(
+    site: Site, orders: Orders, spawn: Callable[[], ApplierProcess], health_port: int
+) -> None:
+    source = a_source(1 << 20)
+    known(orders, source)
+    await source.changeset().put(site.account)
+    with mounted(spawn(), site):
+        await orders.assign(NODE, told(10, named(source, "web")))
+        await site.until_applied(source, Stamp(1, 1))
+    with mounted(spawn(), site):
+        for version in (3, 11):
+            await orders.assign(NODE, told(version, removed=(source.machine,)))
+            await until(lambda: orders.reports[NODE]["assignment"] == version)  # noqa: B023
+            assert machines_in(str(site.store)) == [source.machine]
+            assert "restored" in health_of(health_port)["warnings"][HEALTH_PART]
+    with mounted(spawn(), site):
+        await until(lambda: HEALTH_PART in health_of(health_port).get("warnings", {}))
+        assert machines_in(str(site.store)) == [source.machine]
+        await orders.assign(NODE, told(11 + RESTORED_STEP, removed=(source.machine,)))
+        await until(lambda: store_of(orders, source).get("removed"))
+        assert machines_in(str(site.store)) == []
+        await until(lambda: HEALTH_PART not in health_of(health_port).get("warnings", {}))
 
 
 async def test_killed_while_it_fetches_a_data_key_it_fetches_it_again(
