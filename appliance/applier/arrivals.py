@@ -2,10 +2,11 @@
 
 A manifest says which request it fulfils; whether it does is what its layers hold. Blocks may come
 in several changesets. What is known is of this run of the daemon: after a restart all that is open
-is asked for anew.
+is asked for anew, and what a resync has brought is read from its layers.
 """
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Sequence
 
 from replication.watermark import RepairRun
 
@@ -27,21 +28,35 @@ class Arrivals:
         self._left = {run: left for run, left in self._left.items() if run in wanted}
         self.expect(wanted - self._left.keys())
 
-    def take(self, disk: int, extents: Iterable[tuple[int, int]]) -> None:
-        """Extents (block, count) of a disk have come; sorted, without overlaps."""
-        came = list(extents)
+    @property
+    def expected(self) -> frozenset[RepairRun]:
+        return frozenset(self._left)
+
+    def take(
+        self,
+        disk: int,
+        extents: Sequence[tuple[int, int]],
+        runs: Collection[RepairRun] | None = None,
+    ) -> None:
+        """Extents (block, count) of a disk have come; sorted, without overlaps.
+
+        runs: those that they count for; all that are expected without it.
+        """
+        came = sorted(extents)
         for run, left in self._left.items():
-            if run.disk == disk and left:
+            if run.disk == disk and left and (runs is None or run in runs):
                 self._left[run] = [part for piece in left for part in _without(piece, came)]
 
     def have_come(self, run: RepairRun) -> bool:
         return run in self._left and not self._left[run]
 
 
-def _without(piece: tuple[int, int], came: list[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+def _without(piece: tuple[int, int], came: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int]]:
     """The parts of ``piece`` (first, end) that no extent covers."""
     at, end = piece
-    for block, count in came:
+    first = max(0, bisect_left(came, (at, 0)) - 1)  # the one before may reach into it
+    for index in range(first, len(came)):
+        block, count = came[index]
         if block + count <= at:
             continue
         if block >= end:

@@ -7,7 +7,7 @@ goes into ``events.jsonl`` and ``repair.json`` of the machine's folder before an
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from appliance.applier.arrivals import Arrivals
@@ -22,7 +22,7 @@ from appliance.applier.settled import settled
 from appliance.applier.store.machine_store import MachineStore
 from appliance.applier.store.reports import drop_reports, read_reports
 from appliance.applier.target import Target
-from replication.bookmark import Bookmark
+from replication.bookmark import Bookmark, Stamp
 from replication.errors import IntegrityError
 from replication.manifest import Manifest
 from replication.watermark import Repair, RepairRun
@@ -93,6 +93,11 @@ class Keeping:
         return self._book.repair
 
     @property
+    def open_repairs(self) -> int:
+        """Runs of blocks that are known to be wrong, also when only a resync brings them."""
+        return len(self._book.open_runs)
+
+    @property
     def lost(self) -> str:
         """Why only a resync helps, or empty; not while one is under way that brings it all."""
         head = self._store.head
@@ -134,13 +139,16 @@ class Keeping:
         else:
             runs = self._book.fulfilled(manifest.repaired)
         settles = begun is not None and not begun.settled and _is_comparable(manifest)
+        sent: frozenset[RepairRun] = frozenset()
         if settles and begun is not None:
             # Whatever its sums called different has been sent by now.
-            sent = set(begun.runs or ())
-            runs = tuple({*runs, *(run for run in self._book.open_runs if run in sent)})
+            sent = frozenset(begun.runs or ()) & frozenset(self._book.open_runs)
+            runs = tuple({*runs, *sent})
         astray: tuple[RepairRun, ...] = ()
         if self._book.open_runs:
-            came = await settled(self._take_arrivals, position)
+            came = await self._take_arrivals(position)
+            if sent and begun is not None:
+                came |= await settled(self._brought_since, begun.stamp, sent)
             astray = tuple(run for run in runs if run not in came)
             runs = tuple(run for run in runs if run in came)
         findings = await settled(self._check, position, manifest, runs)
@@ -173,7 +181,7 @@ class Keeping:
 
     async def _tend(self, now: float) -> None:
         target = self._target()
-        if target.keep:
+        if target.keep and not self._awaits_resync():
             await settled(
                 self._store.thin, time.time_ns(), target.retention, bytes_max=THIN_BYTES_MAX
             )
@@ -187,6 +195,15 @@ class Keeping:
             self._take(findings)
             self._count()
 
+    def _awaits_resync(self) -> bool:
+        """Whether the layers of a resync have yet to tell what of the damage it has mended.
+
+        No newer point can be restored meanwhile, so there is next to nothing to thin.
+        """
+        head = self._store.head
+        begun = self.resync.find(head.stamp.generation) if head else None
+        return begun is not None and not begun.settled and self.open_repairs > 0
+
     async def _take_reports(self) -> None:
         """Ask for what readers have found damaged, if it is so at the head."""
         head = self._store.head
@@ -199,11 +216,32 @@ class Keeping:
         await settled(drop_reports, paths)  # not before the book has them
         self._count()
 
-    def _take_arrivals(self, position: int) -> frozenset[RepairRun]:
-        """Note what the layer that ends at ``position`` brought; the open runs that are whole."""
-        for disk, extents in self._store.extents_at(position).items():
-            self._arrivals.take(disk, extents)
+    async def _take_arrivals(self, position: int) -> frozenset[RepairRun]:
+        """Note what the layer that ends at ``position`` brought; the open runs that are whole.
+
+        It counts for what was expected before: a scrub may find more while it is read.
+        """
+        expected = self._arrivals.expected
+        for disk, extents in (await settled(self._store.extents_at, position)).items():
+            self._arrivals.take(disk, extents, expected)
         return frozenset(run for run in self._book.open_runs if self._arrivals.have_come(run))
+
+    def _brought_since(self, begun: Stamp, runs: Iterable[RepairRun]) -> frozenset[RepairRun]:
+        """Which of ``runs`` the layers after the changeset ``begun`` hold wholly.
+
+        What is remembered of arrivals ends with the daemon; a resync may outlast it.
+        """
+        chain = self._store.chain()
+        first = next((p.position for p in chain.points if p.bookmark.stamp == begun), None)
+        if first is None:
+            return frozenset()
+        arrivals = Arrivals()
+        arrivals.expect(runs)
+        for row in chain.layers:
+            if row.first > first:
+                for disk, extents in self._store.extents_at(row.last).items():
+                    arrivals.take(disk, extents)
+        return frozenset(run for run in arrivals.expected if arrivals.have_come(run))
 
     def _heal(self, position: int) -> None:
         """Write what has come over older copies of the same blocks that have rotted."""
@@ -233,6 +271,7 @@ class Keeping:
     def _take(self, findings: Sequence[Finding], *, closing: Sequence[RepairRun] = ()) -> None:
         asked = self._book.ask([finding.run for finding in findings], closing=closing)
         self._arrivals.keep(self._book.open_runs)
+        self._arrivals.expect(asked)  # one that is reopened has come, and to no avail
         self._store.note_damages([found.damage for found in findings if found.damage is not None])
         for finding in findings:
             run = finding.run

@@ -35,6 +35,17 @@ def test_a_run_has_come_when_each_of_its_blocks_has(
         assert not arrivals.have_come(other)
 
 
+def test_extents_count_for_the_runs_that_are_named() -> None:
+    before, found_meanwhile = RepairRun(0, 5, 2), RepairRun(0, 6, 4)
+    arrivals = Arrivals()
+    arrivals.expect([before])
+    expected = arrivals.expected
+    arrivals.expect([found_meanwhile])
+    arrivals.take(0, [(0, 100)], expected)
+    assert arrivals.have_come(before)
+    assert not arrivals.have_come(found_meanwhile)
+
+
 def test_what_came_before_it_was_expected_does_not_count() -> None:
     run = RepairRun(0, 5, 2)
     arrivals = Arrivals()

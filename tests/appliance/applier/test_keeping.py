@@ -1,13 +1,17 @@
 """What differs from the source, and what rots in the store, is found and mended by the source."""
 
 import os
+import threading
+from collections.abc import Collection, Sequence
 
 import pytest
 
+from appliance.applier.arrivals import Arrivals
 from appliance.applier.store import ReaderStore
 from replication.block_set import BLOCK_BYTES
 from replication.bookmark import Consistency, Stamp
 from replication.checksum import CHUNK_BLOCKS
+from replication.manifest import AuditDigest
 from replication.watermark import RepairRun
 from tests.appliance.applier.running import Site, until
 from tests.appliance.applier.source import Changeset, Source, a_source
@@ -116,6 +120,41 @@ async def test_repair_counts_only_when_its_blocks_have_come(site: Site) -> None:
         repaired = await send(site, source, audit=[(0, 0)], repaired=2)
         await site.until(source, lambda found: not found.repair.runs)
     site.check(source, repaired)
+
+
+async def test_repair_that_came_to_no_avail_does_not_count_for_the_next_request(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set()
+    take = Arrivals.take
+
+    def noted(
+        self: Arrivals,
+        disk: int,
+        extents: Sequence[tuple[int, int]],
+        runs: Collection[RepairRun] | None = None,
+    ) -> None:
+        threads.add(threading.current_thread())
+        take(self, disk, extents, runs)
+
+    monkeypatch.setattr(Arrivals, "take", noted)
+    source = a_source()
+    async with site.applier(source):
+        await send(site, source)
+        bypass(source, 0, 0)
+        await send(site, source, audit=[(0, 0)])
+        await site.until(source, lambda found: found.repair.request == 1)
+        source.touch(0, range(CHUNK_BLOCKS))
+        with monkeypatch.context() as patch:  # all of it comes, and still is something else
+            patch.setattr(
+                source, "audit_digest", lambda disk, chunk: AuditDigest(disk, chunk, b"x" * 16)
+            )
+            await send(site, source, audit=[(0, 0)], repaired=1)
+        await site.until(source, lambda found: found.repair.request == 2)
+        await send(site, source, audit=[], repaired=2)  # and nothing comes
+        watermark = await site.until(source, lambda found: found.repair.request == 3)
+        assert watermark.repair.runs == (RepairRun(0, 0, CHUNK_BLOCKS),)
+    assert threads == {threading.main_thread()}  # one at a time
 
 
 async def test_repair_heals_older_points_too(site: Site) -> None:

@@ -276,6 +276,41 @@ async def test_known_damage_matches_nothing_and_is_settled_by_the_resync(
     assert begun.settled
 
 
+async def test_a_resync_that_mends_too_much_damage_is_the_last_also_over_a_restart(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repair_book, "REPAIR_RUNS_MAX", 4)
+    source = a_source()
+    retention = {"retention_days": 0}  # whatever can be folded is folded at once
+    folder = site.store / "machines" / str(source.machine)
+    async with site.applier(source, retention=retention):
+        await source.changeset().put(site.account)
+        await site.until_applied(source, Stamp(1, 1))
+    RepairBook(str(folder)).ask([RepairRun(0, 70 * at, 2) for at in range(6)])
+    async with site.applier(source, retention=retention) as service:
+        await until(lambda: "6 runs of blocks need repair" in str(service.health.warnings))
+        watermark = await begin(site, source)
+        theirs = await read_sums(site, source, watermark.sums, 0, 2)
+        source.basis = watermark.sums
+        touch_what_differs(source, 0, theirs)
+        half = {(disk, block) for disk, block in source._pending if block < 200}
+        left, source._pending = source._pending - half, half
+        part = source.changeset(consistency=Consistency.NONE)
+        await part.put(site.account)
+        await site.until_applied(source, part.stamp)
+    async with site.applier(source, retention=retention) as service:
+        source.scribble(1)
+        source._pending |= left
+        last = source.changeset()
+        await last.put(site.account)
+        told = await site.until_applied(source, last.stamp)
+        await until(lambda: not RepairBook(str(folder)).open_runs)
+        await until(lambda: service.health.state == "normal")
+        told = await site.watermark(source)
+        assert (told.lost, told.repair.runs) == ("", ())
+        site.check(source, last)
+
+
 async def test_damage_found_after_the_sums_were_made_stays_open(site: Site) -> None:
     source = a_source()
     folder = site.store / "machines" / str(source.machine)
