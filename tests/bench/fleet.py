@@ -1,7 +1,7 @@
 """Many agents as the config server sees them: each with its certificate, a long poll and reports.
 
-As a program it is the agents: ``python -m tests.bench.fleet FOLDER PORT COUNT SECONDS`` prints
-what each report took, as JSON, once all have said something and SECONDS have passed since.
+As a program it is the agents: ``python -m tests.bench.fleet FOLDER PORT COUNT SETTLE SECONDS``
+says "steady" SETTLE seconds after all have connected, and SECONDS later what each report took.
 """
 
 import asyncio
@@ -43,15 +43,20 @@ from replication.control.report import REPORT_SECONDS_DEFAULT, BlockDevice, Mach
 from replication.control.role import NodeRole
 
 POLL_SECONDS = 55
-LIFETIME = dt.timedelta(days=1)
+LIFETIME = dt.timedelta(days=90)
 CONNECTING_AT_ONCE = 8
 
 
 @dataclass(slots=True)
 class Said:
-    """What the fleet saw. ``refused``: answers that were not 200 or 204."""
+    """What the fleet saw.
+
+    heard:   agents that have both connections and an assignment.
+    refused: answers that were not 200 or 204.
+    """
 
     seconds: list[float]
+    heard: int = 0
     refused: int = 0
 
 
@@ -99,7 +104,7 @@ async def make_fleet(config: ConfigServerConfig, folder: Path, count: int) -> No
                         node_id=node,
                         key_digest=key_digest(key.public_key()),
                         issued_ns=now_ns,
-                        expires_ns=now_ns + 86400 * 10**9,
+                        expires_ns=now_ns + 90 * 86400 * 10**9,
                     )
                 )
                 session.add(
@@ -150,7 +155,7 @@ async def _agent(
     session: aiohttp.ClientSession, base: str, said: Said, turn: asyncio.Semaphore
 ) -> None:
     """One agent, for ever. The first report connects, and is not counted."""
-    started_ns, version, first = time.time_ns(), 0, True
+    started_ns, version, first, second = time.time_ns(), 0, True, True
     poll: asyncio.Task[int] | None = None
     headers = {"content-type": "application/json"}
 
@@ -182,6 +187,8 @@ async def _agent(
                 version = int(told["assignment"])
                 if not first:
                     said.seconds.append(time.monotonic() - began)
+                    said.heard += second
+                    second = False
             wait = REPORT_SECONDS_DEFAULT * (random.random() if first else 1)
             first = False
             await asyncio.sleep(wait)
@@ -190,7 +197,7 @@ async def _agent(
             poll.cancel()
 
 
-async def _run(folder: Path, port: int, count: int, seconds: float) -> None:
+async def _run(folder: Path, port: int, count: int, settle_seconds: float, seconds: float) -> None:
     said = Said([])
     turn = asyncio.Semaphore(CONNECTING_AT_ONCE)
     base = f"https://localhost:{port}/api/v1"
@@ -202,11 +209,12 @@ async def _run(folder: Path, port: int, count: int, seconds: float) -> None:
             connector = aiohttp.TCPConnector(ssl=context, keepalive_timeout=60)
             session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
             agents.append(asyncio.create_task(_agent(session, base, said, turn)))
-        while len(said.seconds) < count:  # each has been heard twice
+        while said.heard < count:
             failed = next((agent for agent in agents if agent.done()), None)
             if failed is not None:
                 await failed
             await asyncio.sleep(0.2)
+        await asyncio.sleep(settle_seconds)
         _tell("steady")
         said.seconds.clear()
         await asyncio.sleep(seconds)
@@ -222,8 +230,9 @@ def _tell(line: str) -> None:
 
 
 def main() -> int:
-    folder, port, count, seconds = sys.argv[1:]
-    asyncio.run(_run(Path(folder), int(port), int(count), float(seconds)))
+    folder, port, count, settle_seconds, seconds = sys.argv[1:]
+    run = _run(Path(folder), int(port), int(count), float(settle_seconds), float(seconds))
+    asyncio.run(run)
     return 0
 
 

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import Body, Query, Request, Response
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import bindparam, select
 
 from appliance.config_server.api.access import needs_node
 from appliance.config_server.api.peer import peer_of
@@ -37,6 +37,11 @@ router = Router("node")
 AnyNode = Annotated[Caller, needs_node()]
 KeyHolder = Annotated[Caller, needs_node(NodeRole.MACHINE, NodeRole.APPLIER)]
 Said = Annotated[MachineReport | ProcessServerReport | ApplierReport, Body(discriminator="kind")]
+_STANDING = (
+    select(Certificate.revoked_ns, Node.assignment_version)
+    .join(Node, Node.id == Certificate.node_id)
+    .where(Certificate.serial == bindparam("serial"))
+)
 WaitSeconds = Annotated[float, Query(ge=0, le=WAIT_SECONDS_MAX)]
 
 
@@ -106,21 +111,16 @@ async def data_key(server: ServerOf, caller: KeyHolder, machine: uuid.UUID) -> G
 
 
 async def _assignment(server: Server, caller: Caller, after: int) -> Assignment | None:
+    row = await server.database.look_up(_STANDING, serial=caller.serial)
+    if row is None or row.revoked_ns is not None:  # it may be revoked while its holder waits
+        raise UnknownCallerError(f"the certificate {caller.serial} is revoked")
+    if row.assignment_version == after:
+        return None
     async with server.database.reading() as session:
-        await _still_good(session, caller)
         node = await session.get(Node, caller.node_id)
         if node is None:
             raise NotFoundError(f"there is no node {caller.node_id}", hint="enrol it again")
-        if node.assignment_version == after:
-            return None
         return await server.nodes.assignment(session, node, server.clock())
-
-
-async def _still_good(session: AsyncSession, caller: Caller) -> None:
-    """A certificate may be revoked while its holder waits."""
-    row = await session.get(Certificate, caller.serial)
-    if row is None or row.revoked_ns is not None:
-        raise UnknownCallerError(f"the certificate {caller.serial} is revoked")
 
 
 async def _wait(news: asyncio.Event, stop: asyncio.Event, seconds: float) -> None:
