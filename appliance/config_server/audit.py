@@ -1,7 +1,7 @@
 """The audit log: who changed what, and who was refused.
 
-Refusals can be caused by anybody who reaches the port, so only so many a minute are written; the
-next one that is written tells how many were left out.
+Refusals can be caused by anybody who reaches the port, and by a node without end, so only so many
+of those a minute are written; the next one that is written tells how many were left out.
 """
 
 from collections.abc import Callable, Mapping

@@ -61,6 +61,9 @@ class LimitConfig(Section):
     node_requests_per_second, node_requests_burst: of one node, wherever it comes from.
     connections_max:             at once, over all.
     connections_per_source_max:  of a source, those of nodes aside.
+    connections_per_node_max:    of one node, wherever they come from.
+    data_keys_per_minute:        that one node may ask for; an applier may ask for one of each of
+                                 its machines at once, since it keeps them.
     header_seconds_max:          for the TLS handshake, and again for a request's header.
     body_seconds_max:            for a request's body.
     idle_seconds_max:            that a connection without a request stays open.
@@ -72,6 +75,8 @@ class LimitConfig(Section):
     node_requests_burst: int = Field(default=60, ge=1)
     connections_max: int = Field(default=4096, ge=1)
     connections_per_source_max: int = Field(default=256, ge=1)
+    connections_per_node_max: int = Field(default=16, ge=2)
+    data_keys_per_minute: float = Field(default=6.0, gt=0)
     header_seconds_max: float = Field(default=10.0, gt=0)
     body_seconds_max: float = Field(default=20.0, gt=0)
     idle_seconds_max: float = Field(default=75.0, gt=0)
@@ -84,6 +89,13 @@ class PoliciesConfig(Section):
     """
 
     allow_short_crash_frequency: bool = False
+
+
+class AuditConfig(Section):
+    """How long the audit log is kept: entries beyond either are deleted, the oldest first."""
+
+    days: int = Field(default=400, ge=1, le=3650)
+    count_max: int = Field(default=1_000_000, ge=1000, le=100_000_000)
 
 
 class ConfigServerConfig(DaemonConfig):
@@ -99,6 +111,7 @@ class ConfigServerConfig(DaemonConfig):
     policies: PoliciesConfig = PoliciesConfig()
     jobs: JobsConfig = JobsConfig()
     limits: LimitConfig = LimitConfig()
+    audit: AuditConfig = AuditConfig()
     watching: WatchingConfig = WatchingConfig()
     smtp: SmtpConfig = SmtpConfig()
     service: ServiceConfig = ServiceConfig()

@@ -28,9 +28,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.api.limits import Attempts
 from appliance.config_server.audit import DONE, Audit
+from appliance.config_server.audit_pruning import keep_pruning
 from appliance.config_server.caller import Caller
 from appliance.config_server.config import ConfigServerConfig
 from appliance.config_server.discovery.service import Discovery, open_discovery
+from appliance.config_server.identity.data_keys import KeyRates
 from appliance.config_server.identity.identity import Identity, open_identity
 from appliance.config_server.nodes.part import Nodes, open_nodes
 from appliance.config_server.protection.part import (
@@ -43,6 +45,7 @@ from appliance.config_server.store.engine import Database, open_database
 from appliance.config_server.watching.part import Watching, open_watching
 from daemon.durable import make_folder
 from daemon.service import Health, Service
+from replication.control.role import OperatorRole
 from replication.errors import ReplicationError, StorageError, UnavailableError
 
 
@@ -53,6 +56,7 @@ class Server:
     stop:     set when the daemon is to end.
     clock:    nanoseconds since 1970.
     attempts: sources that showed wrong tokens or proofs.
+    key_rates: how often nodes ask for data keys.
     identity: keys, certificates, enrolment.
     nodes:    what they are told and what they said last.
     protection: policies, machines' states, durable jobs.
@@ -71,6 +75,7 @@ class Server:
     protection: Protection
     discovery: Discovery
     watching: Watching
+    key_rates: KeyRates
     clock: Callable[[], int] = time.time_ns
     attempts: Attempts = field(default_factory=Attempts)
 
@@ -94,7 +99,10 @@ class Server:
         except (StorageError, UnavailableError):
             raise  # the audit entry could not be written either
         except ReplicationError as error:
-            await self.audit.write(caller, action, target, outcome=error.code, detail=detail)
+            if isinstance(caller.role, OperatorRole):
+                await self.audit.write(caller, action, target, outcome=error.code, detail=detail)
+            else:  # a node that goes wrong, or is stolen, asks without end
+                await self.audit.refused(caller, action, target, error.code)
             raise
 
 
@@ -106,6 +114,10 @@ async def _discover(server: Server) -> None:
     await server.discovery.run()
 
 
+async def _prune_audit(server: Server) -> None:
+    await keep_pruning(server.database, server.config.audit, server.health, server.clock)
+
+
 async def _look_after_jobs(server: Server) -> None:
     await server.protection.look_after(server.health)
 
@@ -114,6 +126,7 @@ BACKGROUND: tuple[Callable[[Server], Coroutine[None, None, None]], ...] = (
     _watch,
     _discover,
     _look_after_jobs,
+    _prune_audit,
 )
 """What runs beside the API, from the start to the end of the daemon."""
 
@@ -175,5 +188,6 @@ async def open_server(
             protection=protection,
             discovery=discovery,
             watching=watching,
+            key_rates=KeyRates(config.limits.data_keys_per_minute),
             clock=clock,
         )

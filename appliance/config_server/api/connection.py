@@ -36,14 +36,17 @@ _EVERY_RESPONSE = [(b"cache-control", b"no-store"), (b"x-content-type-options", 
 
 
 class Connections(ServerState):
-    """All open connections, and how many each source has that shows no certificate."""
+    """All open connections; how many each node has, and each source that shows no certificate.
+
+    A certificate that was revoked still makes a connection: access is refused on each request.
+    """
 
     def __init__(self, limits: LimitConfig) -> None:
         self._headers: list[tuple[bytes, bytes]] = []
         self._headers_second = 0
         super().__init__()
         self.limits = limits
-        self.by_source: Counter[str] = Counter()
+        self.by_holder: Counter[str] = Counter()
 
     @property
     def default_headers(self) -> list[tuple[bytes, bytes]]:
@@ -68,7 +71,7 @@ class Connection(HttpToolsProtocol):
         self.access_log = False
         self._all = connections
         self._limits = connections.limits
-        self._source = ""
+        self._holder: str | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._in_header = False
         self._begun = False
@@ -81,24 +84,26 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         peer = _peer_of(transport)
         self.app_state = state_with(peer)
+        limits, held = self._limits, self._all.by_holder
         if peer is None:
-            self._source = source_of(self.client[0] if self.client else "")
-            self._all.by_source[self._source] += 1
-        if (
-            len(self.connections) > self._limits.connections_max
-            or self._all.by_source[self._source] > self._limits.connections_per_source_max
-        ):
+            self._holder = source_of(self.client[0] if self.client else "")
+            most = limits.connections_per_source_max
+        else:
+            self._holder, most = f"node {peer.node}", limits.connections_per_node_max
+        held[self._holder] += 1
+        if len(self.connections) > limits.connections_max or held[self._holder] > most:
             transport.abort()
             return
         self._expect_within(self._limits.header_seconds_max)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
-        if self._source:
-            self._all.by_source[self._source] -= 1
-            if not self._all.by_source[self._source]:
-                del self._all.by_source[self._source]
-            self._source = ""
+        if self._holder is not None:
+            held = self._all.by_holder
+            held[self._holder] -= 1
+            if not held[self._holder]:
+                del held[self._holder]
+            self._holder = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

@@ -3,6 +3,8 @@
 Source: docs/CONTROL.md §6.
 """
 
+from http import HTTPStatus
+
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +17,7 @@ from replication.control.report import REPORT_BYTES_MAX
 from replication.errors import LimitError
 
 BODY_BYTES_MAX = REPORT_BYTES_MAX
+_REFUSALS = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
 
 class Limiting:
@@ -49,6 +52,8 @@ class Limiting:
                 raise HTTPException(413, _too_large_text())
             return message
 
+        if peer_of(connection) is not None:
+            send = _closing(send)
         await self._app(scope, counted, send)
 
     def _take(self, connection: HTTPConnection) -> float:
@@ -56,6 +61,17 @@ class Limiting:
         if peer is not None:
             return self._nodes.take(str(peer.node))
         return self._sources.take(source_of(connection.client.host if connection.client else ""))
+
+
+def _closing(send: Send) -> Send:
+    """End the connection of a node that was refused: revoked, it would keep it for ever."""
+
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] in _REFUSALS:
+            message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+        await send(message)
+
+    return closing
 
 
 def _too_large_text() -> str:

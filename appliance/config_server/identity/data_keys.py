@@ -4,15 +4,39 @@ Source: docs/CONTROL.md §3.
 """
 
 import secrets
+import time
 import uuid
+from collections.abc import Callable
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from appliance.config_server.api.limits import Rates
 from appliance.config_server.identity.vault_key import VaultKey
 from appliance.config_server.store.schema import DataKey, Machine
+from replication.control.assignment import MACHINE_COUNT_MAX
 from replication.control.role import NodeRole
 from replication.envelope import DATA_KEY_BYTES
 from replication.errors import AccessError, NotFoundError
+
+
+class KeyRates:
+    """How often a node may ask for data keys, since each time is in the audit log.
+
+    An applier keeps what it was given; at first it fetches one for each of its machines.
+    """
+
+    def __init__(self, per_minute: float, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._rates = {
+            role: Rates(per_minute / 60, burst, now=now)
+            for role, burst in (
+                (NodeRole.MACHINE, max(1, int(per_minute))),
+                (NodeRole.APPLIER, MACHINE_COUNT_MAX),
+            )
+        }
+
+    def take(self, role: NodeRole, node: uuid.UUID) -> float:
+        """0 when the node may ask now, else the seconds until it may."""
+        return self._rates[role].take(str(node))
 
 
 async def ensure(session: AsyncSession, vault: VaultKey, machine: uuid.UUID, now_ns: int) -> None:

@@ -31,7 +31,7 @@ from replication.control.report import (
     ReportAnswer,
 )
 from replication.control.role import NodeRole
-from replication.errors import InputError, NotFoundError, UnknownCallerError
+from replication.errors import InputError, LimitError, NotFoundError, UnknownCallerError
 
 router = Router("node")
 AnyNode = Annotated[Caller, needs_node()]
@@ -103,6 +103,13 @@ async def renew(
 async def data_key(server: ServerOf, caller: KeyHolder, machine: uuid.UUID) -> GivenDataKey:
     """Get a machine's data key: its own agent, and the applier that it is assigned to."""
     assert isinstance(caller.role, NodeRole)
+    wait = server.key_rates.take(caller.role, caller.node_id)
+    if wait > 0:
+        raise LimitError(
+            "too many data keys were asked for",
+            hint="a key is fetched once and kept",
+            retry_after_seconds=wait,
+        )
     async with server.change(caller, "data-key.give", str(machine)) as session:
         key = await data_keys.give(
             session, server.identity.vault, machine, node=caller.node_id, role=caller.role
