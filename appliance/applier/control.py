@@ -11,6 +11,7 @@ Source: docs/CONTROL.md §4, §5.
 import asyncio
 import contextlib
 import os
+import time
 import uuid
 from collections.abc import Mapping
 
@@ -29,6 +30,11 @@ from replication.errors import ConfigError, ReplicationError
 
 RETRY_SECONDS = 5.0
 """Between two attempts to fetch a data key, or to remove a store, and two looks at the keys."""
+
+DROP_AGAIN_SECONDS = 10.0
+"""Between two looks at what has come into the cache for machines whose points are deleted: their
+process server may not have heard of it yet.
+"""
 
 FETCHES_MAX = 2
 """Data keys that are asked for at once."""
@@ -93,6 +99,7 @@ class _Orders:
     async def carry_out(self) -> None:
         """Until cancelled."""
         done = True
+        drop_at = 0.0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RETRY_SECONDS):
@@ -103,6 +110,9 @@ class _Orders:
             if self._news.is_set() or new_keys or not done:
                 self._news.clear()
                 done = await self._follow(self._newest, new_keys)
+            if time.monotonic() >= drop_at:
+                drop_at = time.monotonic() + DROP_AGAIN_SECONDS
+                await self._fleet.drop_again(self._fleet.removed)
 
     async def _follow(
         self, assignment: ApplierAssignment, new_keys: Mapping[uuid.UUID, bytes]
@@ -113,6 +123,8 @@ class _Orders:
             machine.id: new_keys.get(machine.id) or self._kept_key(machine.id)
             for machine in assignment.machines
         }
+        left = self._fleet.removed - removed - keys.keys()
+        await self._fleet.drop_again(left)  # nobody looks at them any more
         await self._fleet.follow(self._targets(assignment, keys), removed)
         missing = [machine for machine in assignment.machines if keys[machine.id] is None]
         if missing:

@@ -64,6 +64,11 @@ class Fleet:
             else:
                 running.applier.follow(target)
 
+    async def drop_again(self, machines: Iterable[uuid.UUID]) -> None:
+        """Drop what has come into the cache since these were removed."""
+        for machine in sorted(machines):
+            await drop_cached(self._shared.account, machine, self._shared.owner)
+
     async def stop(self) -> None:
         for machine in list(self._running):
             self._running[machine].task.cancel()

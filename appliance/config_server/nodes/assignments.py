@@ -77,13 +77,16 @@ def for_process_server(
     node: Node, machines: Iterable[Machine], revoked: Sequence[str]
 ) -> ProcessServerAssignment:
     """For a process server, of all machines: its own stay until their protection has ended, so
-    that what is spooled gets through; then it may let go of what is left.
+    that what is spooled gets through; then it may let go of what is left. Where the points are to
+    go, nobody takes what is spooled: it is let go of at once.
     """
     known = list(machines)
     taken = {
         machine.id
         for machine in known
-        if machine.process_server_id == node.id and machine.state != State.UNPROTECTED
+        if machine.process_server_id == node.id
+        and machine.state != State.UNPROTECTED
+        and machine.points != REMOVING
     }
     ended = {machine.id for machine in known} - taken
     return ProcessServerAssignment(

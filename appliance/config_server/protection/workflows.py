@@ -27,7 +27,9 @@ from appliance.config_server.store.schema import Node, ProtectedDisk
 from replication.control.report import Phase
 
 SILENT_NS = 60 * 10**9
-"""An agent that was not heard for so long is not waited for when protection ends."""
+"""An agent or process server that was not heard for so long is not waited for when protection
+ends.
+"""
 
 _AGENT_HINT = "see that the agent runs and reaches the config server, then ask again"
 _APPLIER_HINT = (
@@ -110,10 +112,24 @@ async def _agent_stopped(scene: Scene) -> Verdict:
 async def _points_removed(scene: Scene) -> Verdict:
     if scene.machine.points != REMOVING or scene.machine.applier_id is None:
         return Done("the points are kept")
+    if await _process_server_sends(scene):
+        # What it puts into the cache once the applier looks no more would stay there.
+        return Waiting(f"waits for {await _name(scene, scene.machine.process_server_id)}")
     store = await scene.store()
     if store is not None and store.removed:
         return Done()
     return Waiting(f"waits for {await _name(scene, scene.machine.applier_id)} to delete the points")
+
+
+async def _process_server_sends(scene: Scene) -> bool:
+    """Whether it may still upload what it has of the machine; one that is silent for long is not
+    waited for.
+    """
+    node = scene.machine.process_server_id
+    if node is None or await scene.has_heard(node):
+        return False
+    heard = await scene.heard(node)
+    return heard is not None and scene.now_ns - heard.seen_ns <= SILENT_NS
 
 
 async def _disabled(scene: Scene) -> None:
@@ -216,8 +232,8 @@ WORKFLOWS = MappingProxyType(
                     Step(
                         "the points are settled",
                         _points_removed,
-                        late="the applier did not delete the points",
-                        hint="see that the applier runs, then unprotect the machine again",
+                        late="process server or applier did not let go of the machine",
+                        hint="see that both run, then unprotect the machine again",
                     ),
                 ),
                 _disabled,

@@ -21,6 +21,7 @@ from appliance.applier.store import ReaderStore, machines_in
 from daemon.assignment_memory import HEALTH_PART
 from daemon.folder_lock import FolderLock
 from replication.bookmark import Stamp
+from replication.cache_layout import machine_prefix
 from replication.control.assignment import AppliedMachine, ApplierAssignment
 from replication.control.memory import RESTORED_STEP
 from replication.control.role import NodeRole
@@ -281,6 +282,34 @@ async def test_an_older_memory_removes_nothing_until_it_is_confirmed(
         await until(lambda: store_of(orders, source).get("removed"))
         assert machines_in(str(site.store)) == []
         await until(lambda: HEALTH_PART not in health_of(health_port).get("warnings", {}))
+
+
+async def test_what_comes_into_the_cache_after_a_removal_goes_too(
+    site: Site, orders: Orders, spawn: Callable[[], ApplierProcess]
+) -> None:
+    source = a_source(1 << 20)
+    known(orders, source)
+    await source.changeset().put(site.account)
+    await orders.assign(NODE, told(1, named(source, "web")))
+
+    async def is_empty() -> bool:
+        return not await site.account.containers(machine_prefix(source.machine))
+
+    async def until_empty() -> None:
+        deadline = time.monotonic() + WAIT_SECONDS_MAX
+        while not await is_empty():
+            assert time.monotonic() < deadline, "it stays in the cache"
+            await asyncio.sleep(0.05)
+
+    with mounted(spawn(), site):
+        await site.until_applied(source, Stamp(1, 1))
+        await orders.assign(NODE, told(2, removed=(source.machine,)))
+        await until(lambda: store_of(orders, source).get("removed"))
+        await source.changeset().put(site.account)  # its process server has not heard yet
+        await until_empty()
+        await source.changeset().put(site.account)
+        await orders.assign(NODE, told(3))
+        await until_empty()
 
 
 async def test_killed_while_it_fetches_a_data_key_it_fetches_it_again(

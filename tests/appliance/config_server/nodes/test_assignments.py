@@ -119,6 +119,12 @@ def test_a_process_server_takes_streams_until_protection_has_ended() -> None:
     assert told.revoked == ("abc",)
 
 
+@pytest.mark.parametrize("state", State)
+def test_a_process_server_lets_go_at_once_where_the_points_are_to_go(state: State) -> None:
+    told = for_process_server(NODE, [machine(state, points=REMOVING)], [])
+    assert (told.machines, told.ended) == ((), (ID,))
+
+
 def test_a_process_server_lets_go_of_machines_that_another_one_takes() -> None:
     moved = machine(State.PROTECTED)
     moved.process_server_id = uuid.uuid4()

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from appliance.config_server.nodes.assignments import Protected, for_applier
+from appliance.config_server.nodes.assignments import (
+    Protected,
+    for_applier,
+    for_process_server,
+)
 from appliance.config_server.protection import requests
 from appliance.config_server.protection.config import JobsConfig
 from appliance.config_server.protection.jobs import (
@@ -148,6 +152,20 @@ async def test_points_cannot_be_kept_once_the_applier_was_told_to_delete_them(st
     stage.nodes.stubborn.clear()
     await done(stage, "unprotect", keep_points=False)
     assert (await stage.machine()).points == ""
+
+
+async def test_points_are_not_settled_while_the_process_server_still_sends(stage: Stage) -> None:
+    await protect(stage)
+    stage.nodes.stubborn.add(SERVER)
+    job = await ask(stage, "unprotect", keep_points=False)
+    assert await stage.noted(job.id, 2) == "waits for ps-1"
+    async with stage.database.reading() as session:
+        node = await session.get_one(Node, SERVER)
+        machine = await session.get_one(Machine, MACHINE)
+        assert for_process_server(node, [machine], []).ended == (MACHINE,)
+        assert node.assignment_version > stage.nodes.reports[SERVER].report.assignment
+    stage.nodes.stubborn.clear()
+    assert (await stage.ended(job.id)).state == JobState.SUCCEEDED
 
 
 async def add_node(stage: Stage, name: str, role: NodeRole = NodeRole.MACHINE) -> uuid.UUID:
