@@ -57,14 +57,10 @@ class KeyRevokedError(ConflictError):
 
 @dataclass(frozen=True, slots=True)
 class CertificateAuthority:
-    """Issues nodes' certificates and keeps account of them.
-
-    own_names: under which the config server itself is reached.
-    """
+    """Issues nodes' certificates and keeps account of them."""
 
     issuer: Issuer
     lifetime: dt.timedelta
-    own_names: tuple[str, ...] = ()
 
     async def enrol(
         self,
@@ -168,16 +164,13 @@ class CertificateAuthority:
     async def _refuse_host_names(
         self, session: AsyncSession, node: Node, names: Sequence[str], now_ns: int
     ) -> None:
-        """A process server's certificate must not do for the config server or for another one."""
+        """A process server's certificate must not do for another one.
+
+        It may have the config server's names, being on the same host perhaps: that it is none says
+        its organizational unit, which whoever speaks to a config server looks at.
+        """
         if not names:
             raise InputError("names: a process server has at least one name or address")
-        own = shared_name(names, self.own_names)
-        if own is not None:
-            raise ConflictError(
-                f"names: {own} is a name of the config server",
-                hint="give the process server a name or address of its own, in its listen.names; "
-                "on the config server's host: another DNS name for it",
-            )
         others = (
             select(Certificate.names, Node.name).join(Node).where(*_live_of_others(node, now_ns))
         )

@@ -69,7 +69,7 @@ async def open_identity(
     try:
         yield Identity(
             keyring,
-            CertificateAuthority(keyring.ca, lifetime, tuple(names)),
+            CertificateAuthority(keyring.ca, lifetime),
             Enrolment(keyring),
             certificate,
         )
