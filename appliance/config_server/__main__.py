@@ -23,6 +23,9 @@ from replication.control.enrolment import PassphraseKind
 from replication.control.role import OperatorRole
 from replication.errors import ReplicationError
 
+SWITCH_SECONDS = 0.0005
+"""Each answer of SQLite comes from a thread, which would wait 5 ms for a busy loop to let go."""
+
 
 def main() -> int:
     """Run the config server, or one of its commands, and return the exit code."""
@@ -32,6 +35,7 @@ def main() -> int:
         command = _command(config, arguments)
         if command is None:
             bound_heap()
+            sys.setswitchinterval(SWITCH_SECONDS)
             return run_daemon(
                 "config-server", config.service, lambda service: serve(service, config)
             )

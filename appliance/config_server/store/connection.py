@@ -18,11 +18,16 @@ IMMEDIATE = "understudy_immediate"
 
 
 def make_engine(
-    url: str, *, connections_max: int = CONNECTIONS_DEFAULT, migrating: bool = False
+    url: str,
+    *,
+    connections_max: int = CONNECTIONS_DEFAULT,
+    migrating: bool = False,
+    looking_up: bool = False,
 ) -> AsyncEngine:
     """An engine for ``url``; nothing is opened yet.
 
     migrating: tables are made anew to change them, and their children must not go with them.
+    looking_up: for single statements that only read, each by itself: no BEGIN, no ROLLBACK.
     """
     parsed = make_url(url)
     options: dict[str, Any] = {
@@ -30,11 +35,14 @@ def make_engine(
         "max_overflow": 0,
         "pool_timeout": POOL_SECONDS_MAX,
     }
+    if looking_up:
+        options |= {"isolation_level": "AUTOCOMMIT", "pool_reset_on_return": None}
     if parsed.get_backend_name() == "sqlite":
         engine = create_async_engine(parsed, **options)
         foreign_keys = "OFF" if migrating else "ON"
         event.listen(engine.sync_engine, "connect", partial(_prepare_sqlite, foreign_keys))
-        event.listen(engine.sync_engine, "begin", _begin_sqlite)
+        if not looking_up:
+            event.listen(engine.sync_engine, "begin", _begin_sqlite)
         return engine
     return create_async_engine(
         parsed,

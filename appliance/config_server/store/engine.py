@@ -27,6 +27,7 @@ from appliance.config_server.store.trouble import explained
 from replication.errors import UnavailableError
 
 WRITE_WAIT_SECONDS_MAX = 30.0
+LOOKUP_CONNECTIONS = 4
 
 Columns = TypeVarTuple("Columns")
 
@@ -37,8 +38,9 @@ class Database:
     sessions: for who must hold a session beyond a block; they write.
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, lookups: AsyncEngine | None = None) -> None:
         self.engine = engine
+        self._lookups = lookups or engine
         self.is_sqlite = engine.dialect.name == "sqlite"
         writing = engine.execution_options(**{IMMEDIATE: True})
         self.sessions = async_sessionmaker(writing, expire_on_commit=False)
@@ -60,7 +62,7 @@ class Database:
         statement: made once, with a ``bindparam`` for each of ``parameters``.
         """
         with explained():
-            async with self.engine.connect() as connection:
+            async with self._lookups.connect() as connection:
                 return (await connection.execute(statement, parameters)).first()
 
     @contextlib.asynccontextmanager
@@ -105,7 +107,9 @@ async def open_database(
     """
     await migrate(url)
     engine = make_engine(url, connections_max=connections_max)
+    lookups = make_engine(url, connections_max=LOOKUP_CONNECTIONS, looking_up=True)
     try:
-        yield Database(engine)
+        yield Database(engine, lookups)
     finally:
+        await lookups.dispose()
         await engine.dispose()

@@ -5,7 +5,7 @@ import time
 import uuid
 
 import pytest
-from sqlalchemy import func, select, text, update
+from sqlalchemy import bindparam, func, select, text, update
 
 from appliance.config_server.store import engine as engines
 from appliance.config_server.store.engine import open_database
@@ -180,6 +180,31 @@ async def test_a_cancelled_writer_leaves_nothing_and_blocks_nobody(database_url:
         async with database.writing() as session:
             assert await session.scalar(select(func.count()).select_from(Token)) == 0
             session.add(_token("a"))
+
+
+async def test_a_look_up_sees_what_was_committed_and_survives_being_cancelled(
+    database_url: str,
+) -> None:
+    by_name = select(Token.role).where(Token.name == bindparam("name"))
+    async with open_database(database_url) as database:
+        assert await database.look_up(by_name, name="a") is None
+        async with database.writing() as session:
+            session.add(_token("a"))
+            await session.flush()
+            assert await database.look_up(by_name, name="a") is None
+        for turn in range(50):
+            looking = asyncio.create_task(database.look_up(by_name, name="a"))
+            await asyncio.sleep(turn % 5 * 0.0003)
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+        row = await database.look_up(by_name, name="a")
+        assert row is not None
+        assert row.role == "reader"
+        async with database.writing() as session:
+            await session.execute(update(Token).values(role="operator"))
+        row = await database.look_up(by_name, name="a")
+        assert row is not None
+        assert row.role == "operator"
 
 
 async def test_sqlite_is_set_as_the_program_relies_upon(tmp_path: object) -> None:
