@@ -120,10 +120,7 @@ class UnknownCallerError(AccessError):
 
 
 class LimitError(ReplicationError):
-    """Too much was asked in too short a time, or at once; it works again after a wait.
-
-    retry_after_seconds: how long to wait.
-    """
+    """Too much was asked in too short a time, or at once: it works again after a wait."""
 
     exit_code = 13
     retryable = True

@@ -110,6 +110,8 @@ def test_manifest_is_read_from_the_page() -> None:
         "applied_generation": 3,
         "applied_number": 12,
         "tracker": "ebpf",
+        "basis": "00" * 16,
+        "resync": False,
         "changed_bytes": 32768,
         "disks": [
             {"disk": 0, "name": "/dev/sda", "size_bytes": 5120},

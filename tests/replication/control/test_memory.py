@@ -91,7 +91,7 @@ def test_an_older_memory_that_was_heard_is_not_followed_wholly_before_it_is_conf
                 server.version = server.backup
             case "restored":
                 server.version += RESTORED_STEP
-                is_older = is_older and server.version < highest
+                is_older = is_older and server.version < highest + CONFIRMED_STEP
             case "ask":
                 is_older = is_older or server.version < highest
                 judged = judge(followed, server.version)
