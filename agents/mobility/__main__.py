@@ -90,7 +90,7 @@ def _order_resync(config: AgentConfig | ControlledConfig) -> None:
     if isinstance(config, ControlledConfig):
         raise ConfigError(
             "this machine does as its config server says",
-            hint="order the resync there: POST machines/{machine}/resync",
+            hint="order the resync there: understudy resync MACHINE --now",
         )
     folder = os.path.join(config.state_folder, str(config.machine))
     make_folder(folder)

@@ -124,9 +124,9 @@ def test_a_byte_that_rots_and_is_found_by_verify_is_sent_again(
 ) -> None:
     rig = running
     block = 2345
+    rig.applier.stop()  # else it may merge the layer that is looked for
     with rig.reader().open_view(rig.points()[-1].position, 0) as view:
         file, offset = view._place(block)
-    rig.applier.stop()
     _flip(rig.store / "machines" / str(rig.machine) / file, offset + 77)
     found = subprocess.run(
         [

@@ -149,14 +149,25 @@ async def refuse_busy(session: AsyncSession, machine: Machine) -> None:
     )
 
 
-async def heard_of(ports: Ports, node: Node) -> Heard | None:
+def heard_of(ports: Ports, node: Node) -> Heard | None:
     """The newest report of a node, from memory or from its row."""
     return newest_of(node, ports.newest(node.id))
 
 
+def next_order(machine: Machine, heard: Heard | None) -> int:
+    """The number of the next resync that is ordered: above all that its agent has carried out.
+
+    A database that was put back to an older backup counts from less than the agent, which would
+    take the order for one that is done.
+    """
+    report = heard.report if heard is not None else None
+    carried_out = report.resync_request if isinstance(report, MachineReport) else 0
+    return max(machine.resync_request, carried_out) + 1
+
+
 async def agent_report(ports: Ports, node: Node, now_ns: int) -> MachineReport:
     """What a machine's agent said lately. Raises ConflictError when it is silent."""
-    heard = await heard_of(ports, node)
+    heard = heard_of(ports, node)
     if heard is None or not isinstance(heard.report, MachineReport):
         raise ConflictError(
             f"the agent of {node.name} is enrolled, but has never reported",
@@ -218,7 +229,7 @@ async def candidates(
 async def _candidate(
     ports: Ports, node: Node, count: int, assigned_count: int, now_ns: int
 ) -> Candidate:
-    heard = await heard_of(ports, node)
+    heard = heard_of(ports, node)
     if heard is None:
         return Candidate(node.id, node.name, count, trouble="it has never reported")
     silent = (now_ns - heard.seen_ns) // _SECOND_NS

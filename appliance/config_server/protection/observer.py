@@ -17,7 +17,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.nodes.report_book import Heard, newest_of
-from appliance.config_server.protection.machines import lock_machine
+from appliance.config_server.protection.machines import lock_machine, next_order
 from appliance.config_server.protection.observation import (
     DiskView,
     Happening,
@@ -153,7 +153,7 @@ class Observer:
         if _orders(machine):
             policy = await session.get(Policy, machine.policy_id)
             if policy is not None and resync_allowed(policy.resync_window, now_ns):
-                machine.resync_request += 1
+                machine.resync_request = next_order(machine, heard.get(machine.id))
                 machine.resync_in_window = False
                 machine.revision += 1
                 tell.add(machine.id)

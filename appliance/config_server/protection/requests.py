@@ -18,8 +18,10 @@ from appliance.config_server.protection.machines import (
     candidates,
     disks_of,
     find_node,
+    heard_of,
     lock_machine,
     lock_placement,
+    next_order,
     refuse_busy,
 )
 from appliance.config_server.protection.placement import (
@@ -188,7 +190,8 @@ async def resync(asking: Asking, reference: str, *, now: bool) -> Job:
     machine = await _known(asking, reference)
     await refuse_busy(asking.session, machine)
     if now:
-        machine.resync_request += 1
+        node = await asking.session.get_one(Node, machine.id)
+        machine.resync_request = next_order(machine, heard_of(asking.ports, node))
     machine.resync_in_window = not now
     cause = machine.cause or ResyncCause.OPERATOR.value
     reason = machine.reason or f"asked for by {asking.who}"

@@ -172,7 +172,14 @@ async def _agent_resynchronises(scene: Scene) -> Verdict:
     report = await scene.agent()
     if report is None:
         return Waiting("waits for the agent to follow its new assignment")
-    if report.phase is Phase.RESYNCHRONISING or report.resync_request >= scene.job.request["order"]:
+    machine = scene.machine
+    if report.resync_request > machine.resync_request:
+        # It counts further than we remember, so the order looks done to it.
+        machine.resync_request = report.resync_request + 1
+        machine.revision += 1
+        await scene.tell(machine.id)
+        return Waiting("orders it again: the agent has carried out more orders than are known here")
+    if report.phase is Phase.RESYNCHRONISING or report.resync_request == machine.resync_request:
         return Done(f"the agent says: {report.phase}")
     return Waiting(f"waits for the agent to begin; it says: {report.phase}")
 

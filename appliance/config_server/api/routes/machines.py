@@ -259,7 +259,7 @@ async def _document(
     disks: Sequence[ProtectedDisk],
     names: dict[uuid.UUID, str],
 ) -> MachineDocument:
-    heard = await heard_of(server.protection.ports, node)
+    heard = heard_of(server.protection.ports, node)
     report = heard.report if heard and isinstance(heard.report, MachineReport) else None
     document = MachineDocument(
         id=node.id,

@@ -59,6 +59,7 @@ class Nodes:
     silent: set[uuid.UUID] = field(default_factory=set)
     stubborn: set[uuid.UUID] = field(default_factory=set)
     failed: str = ""
+    carried_out: int = 0
     devices: tuple[BlockDevice, ...] = DEVICES
     keys_made: int = 0
 
@@ -122,8 +123,13 @@ class Nodes:
             reason=self.failed,
             generation=1,
             committed=1,
-            resync_request=machine.resync_request if machine else 0,
+            resync_request=self._carry_out(machine.resync_request if machine else 0),
         )
+
+    def _carry_out(self, order: int) -> int:
+        """As an agent does: an order that is no higher than the last one is done already."""
+        self.carried_out = max(self.carried_out, order)
+        return self.carried_out
 
     async def live(self, wake: Callable[[uuid.UUID], None]) -> None:
         while True:
