@@ -51,13 +51,8 @@ from daemon.service import Health
 from replication.control.assignment import NodeAssignment
 from replication.control.data_key import GivenDataKey
 from replication.control.enrolment import Enrolled, RenewalRequest
-from replication.control.report import (
-    REPORT_BYTES_MAX,
-    ApplierReport,
-    MachineReport,
-    ProcessServerReport,
-    ReportAnswer,
-)
+from replication.control.recovery import Evidence, EvidenceKind, PointList
+from replication.control.report import REPORT_BYTES_MAX, AnyReport, ReportAnswer
 from replication.errors import ConfigError, PeerError, ReplicationError, StorageError
 
 BACK_OFF_SECONDS_MIN = 0.5
@@ -71,7 +66,6 @@ HEALTH_PART = "config server"
 _JITTER = 0.1
 
 A = TypeVar("A", bound=NodeAssignment)
-AnyReport = MachineReport | ProcessServerReport | ApplierReport
 ReportProvider = Callable[[], Awaitable[AnyReport]]
 """Makes the whole report of now; called from the loop, one at a time."""
 
@@ -211,6 +205,15 @@ class ControlClient(Generic[A]):
         path = self.data_key_file(machine)
         make_folder(os.path.dirname(path))
         write_whole(path, f"{key.hex()}\n".encode())
+
+    async def put_points(self, points: PointList) -> None:
+        """Tell the recovery points of a machine. Raises as ``data_key`` does for the network."""
+        await self._connected.ask("POST", "node/points", body=points)
+
+    async def put_evidence(self, vm: uuid.UUID, kind: EvidenceKind, content: bytes) -> None:
+        """Leave what a VM showed in the place of what was left before. Raises as ``put_points``."""
+        body = Evidence.of(content)
+        await self._connected.ask("POST", f"node/evidence/{vm}/{kind}", body=body)
 
     def forget_data_key(self, machine: uuid.UUID) -> None:
         """Remove it from the disk: the machine is not this node's any more."""

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from replication.bookmark import DiskShape
 from replication.control.message import Message
+from replication.control.recovery import HOLDS_MAX, VMS_MAX, Hold, VirtualMachineOrder
 from replication.control.role import NodeRole
 
 MACHINE_COUNT_MAX = 1024
@@ -59,6 +60,8 @@ class MachineAssignment(NodeAssignment):
     protected:      False: forget stream and trackers. It must be said: leaving it out ends nothing.
     process_server: https URL.
     app_interval_seconds: between app-consistent points; 0: none.
+    final:          above 0: send one last changeset and let no write be acknowledged after it, for
+                    ``final_seconds_max`` at most. Another number is another order; 0 takes it back.
     """
 
     role: ClassVar[NodeRole] = NodeRole.MACHINE
@@ -71,6 +74,8 @@ class MachineAssignment(NodeAssignment):
     interval_seconds: float = 5.0
     app_interval_seconds: float = 0.0
     resync: ResyncOrder = ResyncOrder()
+    final: Annotated[int, Field(ge=0)] = 0
+    final_seconds_max: Annotated[float, Field(gt=0, le=3600)] = 300.0
 
 
 class ProcessServerAssignment(NodeAssignment):
@@ -108,11 +113,24 @@ class ApplierAssignment(NodeAssignment):
 
     removed: machines whose points are to be deleted. Only these: a machine that merely is not in
              ``machines`` is left alone, so that a wrong answer never deletes anything.
+    holds:   points that stay. One that is not named any more ends, unless its lock is not over.
     """
 
     role: ClassVar[NodeRole] = NodeRole.APPLIER
     machines: Annotated[tuple[AppliedMachine, ...], Field(max_length=MACHINE_COUNT_MAX)] = ()
     removed: Annotated[tuple[uuid.UUID, ...], Field(max_length=MACHINE_COUNT_MAX)] = ()
+    holds: Annotated[tuple[Hold, ...], Field(max_length=HOLDS_MAX)] = ()
 
 
-Assignment = MachineAssignment | ProcessServerAssignment | ApplierAssignment
+class ComputeAssignment(NodeAssignment):
+    """For a compute node.
+
+    removed: VMs that are to go with their disks. Only these: one that is not named is left alone.
+    """
+
+    role: ClassVar[NodeRole] = NodeRole.COMPUTE
+    vms: Annotated[tuple[VirtualMachineOrder, ...], Field(max_length=VMS_MAX)] = ()
+    removed: Annotated[tuple[uuid.UUID, ...], Field(max_length=VMS_MAX)] = ()
+
+
+Assignment = MachineAssignment | ProcessServerAssignment | ApplierAssignment | ComputeAssignment

@@ -10,22 +10,13 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from replication.control.message import Message
+from replication.control.recovery import HOLDS_MAX, VMS_MAX, HeldPoint, VmReport
+from replication.control.value import Count, Difference, Seconds, Share, Text
 
 REPORT_BYTES_MAX = 1 << 20
 REPORT_SECONDS_DEFAULT = 15.0
 DEVICES_MAX = 256
 TROUBLES_MAX = 64
-COUNT_MAX = 2**63 - 1
-"""Times, sizes and numbers: what a column of the database takes."""
-
-SECONDS_MAX = 1e12
-Text = Annotated[str, Field(max_length=2000, pattern=r"^[^\x00]*$")]
-"""Without NUL, which PostgreSQL does not store."""
-
-Count = Annotated[int, Field(ge=0, le=COUNT_MAX)]
-Difference = Annotated[int, Field(ge=-COUNT_MAX, le=COUNT_MAX)]
-Seconds = Annotated[float, Field(ge=0, le=SECONDS_MAX, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Load(Message):
@@ -100,6 +91,9 @@ class MachineReport(NodeReport):
     skew_ns:      source's clock less the process server's.
     done_bytes, total_bytes: of initial replication or resync; 0 of 0 when there is none.
     resync_request: the newest order that was carried out.
+    final:          number of the newest order for a final changeset that is carried out: it is
+                    committed as ``final_generation``.``final_number``, and no write has been
+                    acknowledged since. 0 when none is, or it no longer holds: see ``final_reason``.
     """
 
     kind: Literal["machine"] = "machine"
@@ -124,6 +118,10 @@ class MachineReport(NodeReport):
     consistency: Text = ""
     app_consistent_ns: Count = 0
     resync_request: Count = 0
+    final: Count = 0
+    final_generation: Count = 0
+    final_number: Count = 0
+    final_reason: Text = ""
 
 
 class StreamReport(Message):
@@ -177,9 +175,21 @@ class ApplierReport(NodeReport):
     kind: Literal["applier"] = "applier"
     free_bytes: Count = 0
     stores: tuple[StoreReport, ...] = ()
+    holds: Annotated[tuple[HeldPoint, ...], Field(max_length=HOLDS_MAX)] = ()
 
 
-Report = Annotated[MachineReport | ProcessServerReport | ApplierReport, Field(discriminator="kind")]
+class ComputeReport(NodeReport):
+    """Of a compute node. ``accelerator``: ``kvm`` or ``tcg``."""
+
+    kind: Literal["compute"] = "compute"
+    free_bytes: Count = 0
+    accelerator: Text = ""
+    vms: Annotated[tuple[VmReport, ...], Field(max_length=VMS_MAX)] = ()
+    removed: Annotated[tuple[uuid.UUID, ...], Field(max_length=VMS_MAX)] = ()
+
+
+AnyReport = MachineReport | ProcessServerReport | ApplierReport | ComputeReport
+Report = Annotated[AnyReport, Field(discriminator="kind")]
 _REPORT: TypeAdapter[Report] = TypeAdapter(Report)
 
 

@@ -9,6 +9,7 @@ class NodeRole(StrEnum):
     MACHINE = "machine"
     PROCESS_SERVER = "process-server"
     APPLIER = "applier"
+    COMPUTE = "compute"
 
 
 class OperatorRole(StrEnum):

@@ -42,4 +42,4 @@ class HealthDocument(BaseModel):
         )
 
 
-SourceKind = Literal["machine", "process-server", "applier", "vcenter"]
+SourceKind = Literal["machine", "process-server", "applier", "compute", "vcenter"]

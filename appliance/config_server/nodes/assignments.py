@@ -14,6 +14,7 @@ from replication.control.assignment import (
     AppliedMachine,
     ApplierAssignment,
     AssignedDisk,
+    ComputeAssignment,
     MachineAssignment,
     ProcessServerAssignment,
     ResyncOrder,
@@ -110,6 +111,11 @@ def for_applier(node: Node, protected: Iterable[Protected]) -> ApplierAssignment
     return ApplierAssignment(
         version=node.assignment_version, machines=tuple(applied), removed=tuple(removed)
     )
+
+
+def for_compute(node: Node) -> ComputeAssignment:
+    """For a compute node: nothing is to run there."""
+    return ComputeAssignment(version=node.assignment_version)
 
 
 def _applied(machine: Machine, policy: Policy | None) -> AppliedMachine:

@@ -14,6 +14,7 @@ from appliance.config_server.identity.certificates import revoked_serials
 from appliance.config_server.nodes.assignments import (
     Protected,
     for_applier,
+    for_compute,
     for_machine,
     for_process_server,
 )
@@ -61,6 +62,8 @@ class Nodes:
         if role is NodeRole.PROCESS_SERVER:
             machines = await session.scalars(select(Machine))
             return for_process_server(node, machines, await revoked_serials(session, now_ns))
+        if role is NodeRole.COMPUTE:
+            return for_compute(node)
         rows = await session.execute(
             select(Machine, Policy)
             .outerjoin(Policy, Machine.policy_id == Policy.id)

@@ -4,7 +4,7 @@ Source: docs/CONTROL.md §10.
 """
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,21 +27,26 @@ from appliance.config_server.watching.rpo import NS, Sighting
 from appliance.config_server.watching.thresholds import THRESHOLDS, Thresholds
 from replication.control.report import (
     REPORT_SECONDS_DEFAULT,
+    AnyReport,
     ApplierReport,
     Load,
-    MachineReport,
     ProcessServerReport,
 )
 from replication.control.role import NodeRole
 
 _GIB = 1 << 30
+_KINDS: Mapping[NodeRole, Literal["process-server", "applier", "compute"]] = {
+    NodeRole.PROCESS_SERVER: "process-server",
+    NodeRole.APPLIER: "applier",
+    NodeRole.COMPUTE: "compute",
+}
 UNREACHABLE = "unreachable"
 REFUSED = "refused"
 
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """A process server or an applier.
+    """A process server, an applier or a compute node.
 
     expected_ns:    since when it should be heard of: its enrolment.
     certificate_ns: when its newest good certificate ends; 0: it has none.
@@ -51,14 +56,14 @@ class NodeFacts:
     role: NodeRole
     name: str
     expected_ns: int
-    report: ProcessServerReport | ApplierReport | MachineReport | None = None
+    report: AnyReport | None = None
     received_ns: int = 0
     certificate_ns: int = 0
     interval_seconds: float = REPORT_SECONDS_DEFAULT
 
     @property
-    def kind(self) -> Literal["process-server", "applier"]:
-        return "process-server" if self.role is NodeRole.PROCESS_SERVER else "applier"
+    def kind(self) -> Literal["process-server", "applier", "compute"]:
+        return _KINDS[self.role]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class VCenterFacts:
 
 
 def node_health(facts: NodeFacts, now_ns: int, thresholds: Thresholds = THRESHOLDS) -> Health:
-    """Of a process server or an applier."""
+    """Of a process server, an applier or a compute node."""
     report = facts.report
     sighting = Sighting(report.time_ns, facts.received_ns) if report else None
     return health_of(

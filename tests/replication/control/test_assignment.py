@@ -8,6 +8,7 @@ from replication.control.assignment import (
     MACHINE_COUNT_MAX,
     ApplierAssignment,
     AssignedDisk,
+    ComputeAssignment,
     MachineAssignment,
     NodeAssignment,
     ProcessServerAssignment,
@@ -18,7 +19,12 @@ MACHINE = uuid.UUID(int=7)
 
 
 def test_each_role_has_one_assignment() -> None:
-    kinds = (MachineAssignment, ProcessServerAssignment, ApplierAssignment)
+    kinds = (
+        MachineAssignment,
+        ProcessServerAssignment,
+        ApplierAssignment,
+        ComputeAssignment,
+    )
     assert [kind.role for kind in kinds] == [*NodeRole]
     assert all(issubclass(kind, NodeAssignment) for kind in kinds)
 

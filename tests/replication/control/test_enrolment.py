@@ -113,6 +113,7 @@ def test_machines_have_another_passphrase_than_the_appliance() -> None:
         NodeRole.MACHINE: PassphraseKind.MACHINES,
         NodeRole.PROCESS_SERVER: PassphraseKind.APPLIANCE,
         NodeRole.APPLIER: PassphraseKind.APPLIANCE,
+        NodeRole.COMPUTE: PassphraseKind.APPLIANCE,
     }
 
 

@@ -4,7 +4,6 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from replication.control.report import (
-    COUNT_MAX,
     DEVICES_MAX,
     ApplierReport,
     BlockDevice,
@@ -16,6 +15,7 @@ from replication.control.report import (
     StreamReport,
     read_report,
 )
+from replication.control.value import COUNT_MAX
 
 ADAPTER: TypeAdapter[Report] = TypeAdapter(Report)
 REPORTS = (

@@ -24,19 +24,14 @@ from daemon.control_config import WAIT_SECONDS_MAX
 from replication.control.assignment import Assignment
 from replication.control.data_key import GivenDataKey
 from replication.control.enrolment import Enrolled, RenewalRequest
-from replication.control.report import (
-    ApplierReport,
-    MachineReport,
-    ProcessServerReport,
-    ReportAnswer,
-)
+from replication.control.report import AnyReport, ReportAnswer
 from replication.control.role import NodeRole
 from replication.errors import InputError, LimitError, NotFoundError, UnknownCallerError
 
 router = Router("node")
 AnyNode = Annotated[Caller, needs_node()]
 KeyHolder = Annotated[Caller, needs_node(NodeRole.MACHINE, NodeRole.APPLIER)]
-Said = Annotated[MachineReport | ProcessServerReport | ApplierReport, Body(discriminator="kind")]
+Said = Annotated[AnyReport, Body(discriminator="kind")]
 _STANDING = (
     select(Certificate.revoked_ns, Node.assignment_version)
     .join(Node, Node.id == Certificate.node_id)

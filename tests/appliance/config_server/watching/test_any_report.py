@@ -22,8 +22,6 @@ from appliance.config_server.watching.health import MachineFacts
 from appliance.config_server.watching.watcher import Watcher
 from daemon.service import Health
 from replication.control.report import (
-    COUNT_MAX,
-    SECONDS_MAX,
     MachineReport,
     Phase,
     Report,
@@ -31,6 +29,7 @@ from replication.control.report import (
     read_report,
 )
 from replication.control.role import NodeRole
+from replication.control.value import COUNT_MAX, SECONDS_MAX
 from tests.appliance.config_server.watching.scene import (
     APPLIER,
     MACHINE,
