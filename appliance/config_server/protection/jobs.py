@@ -42,6 +42,12 @@ class JobKind(StrEnum):
     ADD_DISK = "add-disk"
     EXCLUDE_DISK = "exclude-disk"
     RESYNC = "resync"
+    TEST_FAILOVER = "test-failover"
+    FAILOVER = "failover"
+    CLEANUP = "cleanup"
+    COMMIT = "commit"
+    CANCEL_FAILOVER = "cancel-failover"
+    CHANGE_POINT = "change-point"
 
 
 class StepState(StrEnum):

@@ -16,6 +16,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -208,6 +209,7 @@ class Machine(Base):
     points:   ``kept`` as long as its applier has or may have points of it, ``removing`` when the
               applier is told to delete them (`removed`), empty when there are none.
     resync_in_window: a resync that the config server orders by itself when the window opens.
+    final_order: counts the orders for a final changeset. final_wanted: the newest of them stands.
     """
 
     __tablename__ = "machines"
@@ -225,6 +227,8 @@ class Machine(Base):
     points: Mapped[str] = mapped_column(String(_CODE), default="")
     resync_request: Mapped[int] = mapped_column(default=0)
     resync_in_window: Mapped[bool] = mapped_column(default=False)
+    final_order: Mapped[int] = mapped_column(default=0, server_default="0")
+    final_wanted: Mapped[bool] = mapped_column(default=False, server_default=false())
     revision: Mapped[int] = mapped_column(default=1)
 
 

@@ -208,4 +208,4 @@ if __name__ == "__main__":
     warm_up.make()
     # What every child would do anew is done once: imports, and the mapping of tables to classes.
     asyncio.run(prepare(warm_up, JobKind.RESYNC))
-    asyncio.run(main(given.folder, given.server, given.kind or list(JobKind)))
+    asyncio.run(main(given.folder, given.server, given.kind or list(ASK)))

@@ -20,6 +20,7 @@ from appliance.config_server.store import migration
 from appliance.config_server.store.connection import make_engine
 from appliance.config_server.store.engine import open_database
 from appliance.config_server.store.migration import current_revision, head_revision, migrate
+from appliance.config_server.store.recovery_tables import Failover
 from appliance.config_server.store.schema import Base, Token
 from replication.errors import ConfigError, IntegrityError, StorageError, UnavailableError
 
@@ -46,6 +47,7 @@ async def test_migrations_make_exactly_the_tables_of_the_schema(database_url: st
 
     async with engine.connect() as connection:
         assert await connection.run_sync(differences) == []
+        assert Failover.__tablename__ in Base.metadata.tables
     await engine.dispose()
 
 
