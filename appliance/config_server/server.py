@@ -35,12 +35,17 @@ from appliance.config_server.discovery.service import Discovery, open_discovery
 from appliance.config_server.identity.data_keys import KeyRates
 from appliance.config_server.identity.identity import Identity, open_identity
 from appliance.config_server.nodes.part import Nodes, open_nodes
+from appliance.config_server.protection.instances import instance_id
 from appliance.config_server.protection.part import (
     Protection,
     node_ports,
     nothing,
     open_protection,
 )
+from appliance.config_server.protection.workflows import WORKFLOWS
+from appliance.config_server.recovery.part import Recovery
+from appliance.config_server.recovery.ports import NoActions, NoPower, RecoveryPorts
+from appliance.config_server.recovery.workflows import recovery_workflows
 from appliance.config_server.store.engine import Database, open_database
 from appliance.config_server.watching.part import Watching, open_watching
 from daemon.durable import make_folder
@@ -60,6 +65,7 @@ class Server:
     identity: keys, certificates, enrolment.
     nodes:    what they are told and what they said last.
     protection: policies, machines' states, durable jobs.
+    recovery: what is over of failovers that no job is at work on.
     discovery: vCenters' readers.
     watching: health, RPO, events and measures.
     """
@@ -73,6 +79,7 @@ class Server:
     identity: Identity
     nodes: Nodes
     protection: Protection
+    recovery: Recovery
     discovery: Discovery
     watching: Watching
     key_rates: KeyRates
@@ -114,6 +121,10 @@ async def _discover(server: Server) -> None:
     await server.discovery.run()
 
 
+async def _look_after_failovers(server: Server) -> None:
+    await server.recovery.run(server.health)
+
+
 async def _prune_audit(server: Server) -> None:
     await keep_pruning(server.database, server.config.audit, server.health, server.clock)
 
@@ -126,6 +137,7 @@ BACKGROUND: tuple[Callable[[Server], Coroutine[None, None, None]], ...] = (
     _watch,
     _discover,
     _look_after_jobs,
+    _look_after_failovers,
     _prune_audit,
 )
 """What runs beside the API, from the start to the end of the daemon."""
@@ -150,6 +162,19 @@ async def open_server(
             open_identity(config.identity, config.state_folder, names, database)
         )
         nodes = await stack.enter_async_context(open_nodes(database, clock))
+        discovery = await stack.enter_async_context(
+            open_discovery(
+                database,
+                identity.vault,
+                service.health,
+                clock,
+                instance=instance_id(config.state_folder),
+            )
+        )
+        recovery = recovery_workflows(
+            RecoveryPorts(actions=NoActions(), power=NoPower()),
+            answer_seconds_max=config.jobs.answer_seconds_max,
+        )
         protection = await stack.enter_async_context(
             open_protection(
                 database,
@@ -159,11 +184,7 @@ async def open_server(
                 config=config.jobs,
                 clock=clock,
                 boundary=boundary,
-            )
-        )
-        discovery = await stack.enter_async_context(
-            open_discovery(
-                database, identity.vault, service.health, clock, instance=protection.instance
+                workflows={**WORKFLOWS, **recovery},
             )
         )
         watching = stack.enter_context(
@@ -186,6 +207,7 @@ async def open_server(
             identity=identity,
             nodes=nodes,
             protection=protection,
+            recovery=Recovery(database, protection.ports, clock),
             discovery=discovery,
             watching=watching,
             key_rates=KeyRates(config.limits.data_keys_per_minute),

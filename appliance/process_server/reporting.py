@@ -53,6 +53,8 @@ def stream_report(stream: Stream, now_ns: int) -> StreamReport:
     waiting = [one for one in held_in_order(stream) if not one.whole]
     return StreamReport(
         machine=stream.machine,
+        generation=stream.position.committed.generation,
+        number=stream.position.committed.number,
         durable_ns=stream.durable_ns,
         backlog_bytes=sum(one.size_bytes for one in waiting),
         backlog_seconds=max(0.0, (now_ns - waiting[0].committed_ns) / _NS) if waiting else 0.0,

@@ -125,9 +125,14 @@ class MachineReport(NodeReport):
 
 
 class StreamReport(Message):
-    """What a process server has of a machine."""
+    """What a process server has of a machine.
+
+    generation, number: the newest changeset that it has committed.
+    """
 
     machine: uuid.UUID
+    generation: Count = 0
+    number: Count = 0
     durable_ns: Count = 0
     backlog_bytes: Count = 0
     backlog_seconds: Seconds = 0.0

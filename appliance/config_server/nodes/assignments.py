@@ -6,9 +6,10 @@ Source: docs/CONTROL.md §4.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from appliance.config_server.protection.table import REPLICATING, State
+from appliance.config_server.protection.table import RECOVERING, SENDING, State
 from appliance.config_server.protection.transition import NO_POINTS, REMOVING
 from appliance.config_server.protection.window import resync_allowed
+from appliance.config_server.store.recovery_tables import PointHold, RecoveredVm
 from appliance.config_server.store.schema import Machine, Node, Policy, ProtectedDisk
 from replication.control.assignment import (
     AppliedMachine,
@@ -19,6 +20,14 @@ from replication.control.assignment import (
     ProcessServerAssignment,
     ResyncOrder,
 )
+from replication.control.recovery import Hold, VirtualMachineOrder, VmPower
+
+REMOVED = "removed"
+"""What is wanted of a VM that is to go; else it is a `VmPower`."""
+
+
+FINAL_SECONDS_MAX = 300.0
+"""From the order for a final changeset on: the source must be off before, or its agent thaws."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +46,13 @@ def for_machine(
     process_server_url: str,
     now_ns: int,
 ) -> MachineAssignment:
-    """For an agent. Without a row in ``machines`` it is enrolled and nothing more is wanted."""
+    """For an agent. Without a row in ``machines`` it is enrolled and nothing more is wanted.
+
+    Of a machine that is failed over it tracks the disks and sends nothing: when the failover is
+    taken back, only what changed meanwhile is to be sent.
+    """
     machine = protected.machine if protected else None
-    if protected is None or machine is None or machine.state not in REPLICATING:
+    if protected is None or machine is None or machine.state not in SENDING | RECOVERING:
         return MachineAssignment(
             version=node.assignment_version,
             machine=node.id,
@@ -53,7 +66,7 @@ def for_machine(
         name=machine.name,
         protected=True,
         # Without an address there is nowhere to send to: it tracks, and waits for one.
-        replicate=bool(process_server_url),
+        replicate=bool(process_server_url) and machine.state in SENDING,
         process_server=process_server_url,
         disks=tuple(
             AssignedDisk(
@@ -71,6 +84,8 @@ def for_machine(
             request=machine.resync_request,
             allowed=policy is None or resync_allowed(policy.resync_window, now_ns),
         ),
+        final=machine.final_order if machine.final_wanted else 0,
+        final_seconds_max=FINAL_SECONDS_MAX,
     )
 
 
@@ -98,8 +113,10 @@ def for_process_server(
     )
 
 
-def for_applier(node: Node, protected: Iterable[Protected]) -> ApplierAssignment:
-    """For an applier: all that it has points of, and whose points are to go."""
+def for_applier(
+    node: Node, protected: Iterable[Protected], holds: Iterable[PointHold] = ()
+) -> ApplierAssignment:
+    """For an applier: all that it has points of, whose points are to go, and what it holds."""
     applied = []
     removed = []
     for each in sorted(protected, key=lambda each: each.machine.id):
@@ -109,24 +126,62 @@ def for_applier(node: Node, protected: Iterable[Protected]) -> ApplierAssignment
         elif machine.points != NO_POINTS or machine.state != State.UNPROTECTED:
             applied.append(_applied(machine, each.policy))
     return ApplierAssignment(
-        version=node.assignment_version, machines=tuple(applied), removed=tuple(removed)
+        version=node.assignment_version,
+        machines=tuple(applied),
+        removed=tuple(removed),
+        holds=tuple(
+            Hold(
+                id=hold.id,
+                machine=hold.machine_id,
+                choice=hold.choice,
+                generation=hold.generation,
+                number=hold.number,
+                until_ns=hold.until_ns,
+            )
+            for hold in sorted(holds, key=lambda hold: hold.id)
+            if hold.applier_id == node.id and hold.ended_ns is None
+        ),
     )
 
 
-def for_compute(node: Node) -> ComputeAssignment:
-    """For a compute node: nothing is to run there."""
-    return ComputeAssignment(version=node.assignment_version)
+def for_compute(node: Node, vms: Iterable[RecoveredVm] = ()) -> ComputeAssignment:
+    """For a compute node: the VMs that should be there, and those that are to go."""
+    there = [
+        vm
+        for vm in sorted(vms, key=lambda vm: vm.id)
+        if vm.compute_id == node.id and vm.gone_ns is None
+    ]
+    return ComputeAssignment(
+        version=node.assignment_version,
+        vms=tuple(_order(vm) for vm in there if vm.wanted != REMOVED),
+        removed=tuple(vm.id for vm in there if vm.wanted == REMOVED),
+    )
+
+
+def _order(vm: RecoveredVm) -> VirtualMachineOrder:
+    return VirtualMachineOrder.model_validate(
+        {
+            **vm.document,
+            "id": vm.id,
+            "machine": vm.machine_id,
+            "power": VmPower(vm.wanted),
+            "independent": vm.independent,
+        }
+    )
 
 
 def _applied(machine: Machine, policy: Policy | None) -> AppliedMachine:
-    """Points of a machine that is not protected any more stay as they are: nothing thins them."""
+    """Points of a machine that is not protected any more, or is failed over, stay as they are:
+    nothing thins them.
+    """
     live = machine.state != State.UNPROTECTED
+    keep = live and machine.state not in RECOVERING
     if policy is None:
         return AppliedMachine(id=machine.id, name=machine.name, keep=False, apply=live)
     return AppliedMachine(
         id=machine.id,
         name=machine.name,
-        keep=live,
+        keep=keep,
         apply=live,
         retention_seconds=policy.retention_seconds,
         crash_frequency_seconds=policy.crash_frequency_seconds,

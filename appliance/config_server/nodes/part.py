@@ -22,6 +22,7 @@ from appliance.config_server.nodes.report_book import ReportBook
 from appliance.config_server.nodes.versions import Versions
 from appliance.config_server.nodes.windows import follow_windows
 from appliance.config_server.store.engine import Database
+from appliance.config_server.store.recovery_tables import PointHold, RecoveredVm
 from appliance.config_server.store.schema import Machine, Node, Policy, ProtectedDisk
 from replication.control.assignment import Assignment
 from replication.control.report import ProcessServerReport, Report, read_report
@@ -57,19 +58,26 @@ class Nodes:
                 select(ProtectedDisk).where(ProtectedDisk.machine_id == node.id)
             )
             url = await self.url_of(session, machine.process_server_id) if machine else ""
-            protected = Protected(machine, policy) if machine else None
-            return for_machine(node, protected, disks, process_server_url=url, now_ns=now_ns)
+            own = Protected(machine, policy) if machine else None
+            return for_machine(node, own, disks, process_server_url=url, now_ns=now_ns)
         if role is NodeRole.PROCESS_SERVER:
             machines = await session.scalars(select(Machine))
             return for_process_server(node, machines, await revoked_serials(session, now_ns))
         if role is NodeRole.COMPUTE:
-            return for_compute(node)
+            vms = select(RecoveredVm).where(
+                RecoveredVm.compute_id == node.id, RecoveredVm.gone_ns.is_(None)
+            )
+            return for_compute(node, await session.scalars(vms))
         rows = await session.execute(
             select(Machine, Policy)
             .outerjoin(Policy, Machine.policy_id == Policy.id)
             .where(Machine.applier_id == node.id)
         )
-        return for_applier(node, (Protected(machine, policy) for machine, policy in rows))
+        holds = select(PointHold).where(
+            PointHold.applier_id == node.id, PointHold.ended_ns.is_(None)
+        )
+        protected = (Protected(machine, policy) for machine, policy in rows)
+        return for_applier(node, protected, await session.scalars(holds))
 
     async def url_of(self, session: AsyncSession, process_server: uuid.UUID | None) -> str:
         """Where agents reach a process server, as it said last; empty when it never has."""

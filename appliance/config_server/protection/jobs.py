@@ -90,7 +90,7 @@ def new_job(
     session: AsyncSession,
     kind: JobKind,
     *,
-    target_id: uuid.UUID,
+    target_id: uuid.UUID | None,
     target: str,
     steps: tuple[str, ...],
     request: dict[str, Any],

@@ -165,6 +165,13 @@ def next_order(machine: Machine, heard: Heard | None) -> int:
     return max(machine.resync_request, carried_out) + 1
 
 
+def next_final(machine: Machine, heard: Heard | None) -> int:
+    """The number of the next order for a final changeset, likewise."""
+    report = heard.report if heard is not None else None
+    carried_out = report.final if isinstance(report, MachineReport) else 0
+    return max(machine.final_order, carried_out) + 1
+
+
 async def agent_report(ports: Ports, node: Node, now_ns: int) -> MachineReport:
     """What a machine's agent said lately. Raises ConflictError when it is silent."""
     heard = heard_of(ports, node)

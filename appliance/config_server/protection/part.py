@@ -19,6 +19,8 @@ from appliance.config_server.protection.instances import Watch, instance_id
 from appliance.config_server.protection.observer import Observer
 from appliance.config_server.protection.performance import Performer
 from appliance.config_server.protection.workflow import Ports
+from appliance.config_server.protection.workflow import Workflows as WorkflowTable
+from appliance.config_server.protection.workflows import WORKFLOWS
 from appliance.config_server.store.engine import Database
 from daemon.service import Health
 
@@ -70,15 +72,18 @@ async def open_protection(
     config: JobsConfig,
     clock: Callable[[], int],
     boundary: Callable[[str], None] = nothing,
+    workflows: WorkflowTable = WORKFLOWS,
 ) -> AsyncIterator[Protection]:
     """Open it, and go on with jobs that were under way.
 
-    boundary: called between any two durable writes of a job.
+    boundary:  called between any two durable writes of a job.
+    workflows: those that there are, by their jobs' kinds.
     """
     instance = instance_id(state_folder)
     performer = Performer(
         database,
         ports,
+        workflows,
         clock,
         instance=instance,
         answer_seconds_max=config.answer_seconds_max,
@@ -87,16 +92,16 @@ async def open_protection(
     began = time.monotonic()
     async with open_workflows(
         performer, database_url, instance=instance, boundary=boundary
-    ) as workflows:
+    ) as running:
         structlog.get_logger().debug(
             "jobs run", instance=instance, seconds=round(time.monotonic() - began, 2)
         )
-        watch = Watch(database, workflows, config, instance=instance, clock=clock)
+        watch = Watch(database, running, config, instance=instance, clock=clock)
         yield Protection(
             instance,
             ports,
             performer,
-            workflows,
+            running,
             watch,
             Observer(database, ports, clock),
             boundary,

@@ -1,4 +1,4 @@
-"""Doing a job's steps: each in one transaction with its record, while the machine names the job.
+"""Doing a job's steps: each in one transaction with its record, while what it owns names the job.
 
 Knows nothing of what runs it again after a crash (`durable`): whoever calls these functions, as
 often as it likes, brings a job to the same end.
@@ -10,10 +10,9 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import structlog
-from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.protection.jobs import (
@@ -30,15 +29,18 @@ from appliance.config_server.protection.jobs import (
 )
 from appliance.config_server.protection.workflow import (
     Done,
+    Outside,
     Ports,
     Scene,
     Step,
     StepFailedError,
     Verdict,
+    Waiting,
+    Workflow,
+    Workflows,
 )
-from appliance.config_server.protection.workflows import WORKFLOWS
 from appliance.config_server.store.engine import Database
-from appliance.config_server.store.schema import Job, Machine
+from appliance.config_server.store.schema import Job
 from replication.errors import ReplicationError
 
 POLL_SECONDS = 5.0
@@ -64,6 +66,7 @@ class Performer:
         self,
         database: Database,
         ports: Ports,
+        workflows: Workflows,
         clock: Callable[[], int],
         *,
         instance: str,
@@ -72,15 +75,16 @@ class Performer:
     ) -> None:
         self._database = database
         self._ports = ports
+        self._workflows = workflows
         self._clock = clock
         self._instance = instance
         self._answer_ns = int(answer_seconds_max * 1e9)
         self._boundary = boundary or (lambda _: None)
-        self._waiting: dict[uuid.UUID, set[asyncio.Event]] = {}
+        self._waiting: dict[uuid.UUID | str, set[asyncio.Event]] = {}
 
-    def wake(self, node: uuid.UUID) -> None:
-        """There is news of a node: the steps that wait for it look again."""
-        for news in self._waiting.get(node, ()):
+    def wake(self, source: uuid.UUID | str) -> None:
+        """There is news of a node, or of a job by its id: the steps that wait for it look again."""
+        for news in self._waiting.get(source, ()):
             news.set()
 
     async def names(self, job_id: str) -> list[str]:
@@ -95,30 +99,39 @@ class Performer:
     async def perform(self, job_id: str, index: int) -> Ending:
         """Do a step, or wait for what it waits for. Says whether the next one is to be done."""
         self._boundary(f"before {index}")
-        ending = await self._patiently(job_id, lambda: self._attempt(job_id, index))
-        if ending is None:
-            with self._listening(await self._nodes_of(job_id)) as news:
-                while ending is None:
-                    news.clear()
-                    ending = await self._patiently(job_id, lambda: self._attempt(job_id, index))
-                    if ending is None:
-                        with contextlib.suppress(TimeoutError):
-                            await asyncio.wait_for(news.wait(), POLL_SECONDS)
+        found = await self._patiently(job_id, lambda: self._attempt(job_id, index))
+        if found is None or isinstance(found, Outside):
+            found = await self._insist(job_id, index, found)
         self._boundary(f"after {index}")
-        return ending
+        return found
+
+    async def _insist(self, job_id: str, index: int, found: Outside[Any] | None) -> Ending:
+        """Try again whenever there is news, and do what is to be done outside."""
+        with self._listening({job_id, *await self._nodes_of(job_id)}) as news:
+            while True:
+                news.clear()
+                if isinstance(found, Outside):
+                    await self._act_outside(job_id, index, found, news)
+                ending = await self._patiently(job_id, lambda: self._attempt(job_id, index))
+                if ending is not None and not isinstance(ending, Outside):
+                    return ending
+                found = ending
+                if found is None:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(news.wait(), POLL_SECONDS)
 
     @contextlib.contextmanager
-    def _listening(self, nodes: frozenset[uuid.UUID]) -> Iterator[asyncio.Event]:
+    def _listening(self, sources: set[uuid.UUID | str]) -> Iterator[asyncio.Event]:
         news = asyncio.Event()
-        for node in nodes:
-            self._waiting.setdefault(node, set()).add(news)
+        for source in sources:
+            self._waiting.setdefault(source, set()).add(news)
         try:
             yield news
         finally:
-            for node in nodes:
-                self._waiting[node].discard(news)
-                if not self._waiting[node]:
-                    del self._waiting[node]
+            for source in sources:
+                self._waiting[source].discard(news)
+                if not self._waiting[source]:
+                    del self._waiting[source]
 
     async def _nodes_of(self, job_id: str) -> frozenset[uuid.UUID]:
         """The nodes whose news the job may wait for."""
@@ -126,13 +139,58 @@ class Performer:
         async def read() -> frozenset[uuid.UUID]:
             async with self._database.reading() as session:
                 job = await find_job(session, job_id)
-                machine = await session.get(Machine, job.target_id)
-            if machine is None:
-                return frozenset()
-            known = (machine.id, machine.process_server_id, machine.applier_id)
-            return frozenset(node for node in known if node is not None)
+                return await self._workflow(job).nodes(session, job)
 
         return await self._patiently(job_id, read)
+
+    async def _act_outside(
+        self, job_id: str, index: int, outside: Outside[Any], news: asyncio.Event
+    ) -> None:
+        """What takes long, and then the record of what came of it. Cancelled with the job."""
+        task = asyncio.ensure_future(outside.do())
+        try:
+            while not task.done():
+                listening = asyncio.ensure_future(news.wait())
+                await asyncio.wait(
+                    {task, listening}, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                listening.cancel()
+                news.clear()
+                if not task.done() and await self._is_to_end(job_id):
+                    return
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        record = task.result()
+        self._boundary(f"acted {index}")
+
+        async def write() -> None:
+            async with self._database.writing() as session:
+                job = await find_job(session, job_id, lock=True)
+                scene = await self._scene(session, job)
+                if scene is not None and is_open(job):
+                    await record(scene)
+
+        await self._patiently(job_id, write)
+        self._boundary(f"recorded {index}")
+
+    async def _is_to_end(self, job_id: str) -> bool:
+        async def read() -> bool:
+            async with self._database.reading() as session:
+                job = await find_job(session, job_id)
+                return job.cancel_asked or not is_open(job)
+
+        return await self._patiently(job_id, read)
+
+    def _workflow(self, job: Job) -> Workflow[Any]:
+        return self._workflows[JobKind(job.kind)]
+
+    async def _scene(self, session: AsyncSession, job: Job) -> Scene | None:
+        scene: Scene | None = await self._workflow(job).open(
+            session, job, self._ports, self._clock()
+        )
+        return scene
 
     async def conclude(self, job_id: str) -> None:
         """Close the job: what succeeded is kept, what was begun otherwise is undone."""
@@ -147,7 +205,7 @@ class Performer:
         await self._patiently(job_id, close_it)
         self._boundary("after the end")
 
-    async def _attempt(self, job_id: str, index: int) -> Ending | None:
+    async def _attempt(self, job_id: str, index: int) -> Ending | Outside[Any] | None:
         """One transaction; None: wait."""
         async with self._database.writing() as session:
             job = await find_job(session, job_id, lock=True)
@@ -159,21 +217,21 @@ class Performer:
             now_ns = self._clock()
             if job.cancel_asked:
                 return "end"
-            machine = await _machine_of(session, job)
-            if machine is None:
+            scene = await self._scene(session, job)
+            if scene is None:
                 fail(job, _LOST, now_ns)
                 return "end"
             if record.started_ns is None:
                 job.state = JobState.RUNNING
                 job.instance = self._instance
                 mark_step(job, index, now_ns, state=StepState.RUNNING, started_ns=now_ns)
-            scene = Scene(session, job, machine, self._ports, now_ns)
             began_ns = record.started_ns or now_ns
             verdict: Verdict | ReplicationError
             try:
-                step = WORKFLOWS[JobKind(job.kind)].step(record.name)
+                step = self._workflow(job).step(record.name)
                 verdict = await step.act(scene)
-                if not isinstance(verdict, Done) and now_ns - began_ns > self._answer_ns:
+                is_late = not step.is_patient and now_ns - began_ns > self._answer_ns
+                if isinstance(verdict, Waiting) and is_late:
                     verdict = self._late(step)
             except ReplicationError as error:
                 if error.retryable:
@@ -183,7 +241,7 @@ class Performer:
 
     def _settle(
         self, job: Job, index: int, verdict: Verdict | ReplicationError, now_ns: int
-    ) -> Ending | None:
+    ) -> Ending | Outside[Any] | None:
         if isinstance(verdict, ReplicationError):
             fail(job, JobError.of(verdict), now_ns)
             mark_step(job, index, now_ns, state=StepState.FAILED, ended_ns=now_ns)
@@ -193,9 +251,9 @@ class Performer:
             return "go on"
         if steps_of(job)[index].note != verdict.note:
             mark_step(job, index, now_ns, note=verdict.note)
-        return None
+        return verdict if isinstance(verdict, Outside) else None
 
-    def _late(self, step: Step) -> Verdict:
+    def _late(self, step: Step[Any]) -> Verdict:
         within = f"within {_duration(self._answer_ns)}"
         if not step.late:
             return Done(f"nobody answered {within}; gone on without")
@@ -204,13 +262,16 @@ class Performer:
     async def _close(self, session: AsyncSession, job: Job) -> None:
         now_ns = self._clock()
         succeeded = all(step.state is StepState.DONE for step in steps_of(job))
-        machine = await _machine_of(session, job)
-        if machine is not None:
-            workflow = WORKFLOWS[JobKind(job.kind)]
-            scene = Scene(session, job, machine, self._ports, now_ns)
-            await (workflow.succeed if succeeded else workflow.undo)(scene)
-            machine.job_id = None
-            machine.revision += 1
+        scene = await self._scene(session, job)
+        workflow = self._workflow(job)
+        if scene is not None and succeeded:
+            partly = await workflow.succeed(scene)
+            if partly is not None:
+                fail(job, partly, now_ns)
+                close(job, JobState.FAILED, now_ns)
+                return
+        elif scene is not None:
+            await workflow.undo(scene)
         if succeeded:
             close(job, JobState.SUCCEEDED, now_ns)
         elif job.error is not None:
@@ -242,16 +303,6 @@ _DEFECT = JobError(
     message="a defect of the config server ended the job",
     hint="its log says why; tell its maintainers",
 )
-
-
-async def _machine_of(session: AsyncSession, job: Job) -> Machine | None:
-    """The job's machine, locked, while it names the job."""
-    if job.target_id is None:
-        return None
-    machine = await session.scalar(
-        select(Machine).where(Machine.id == job.target_id).with_for_update()
-    )
-    return machine if machine is not None and machine.job_id == job.id else None
 
 
 def _duration(nanoseconds: int) -> str:

@@ -37,6 +37,8 @@ from appliance.config_server.protection.table import Event, State, step
 from appliance.config_server.protection.transition import KEPT, REMOVING, enter
 from appliance.config_server.protection.workflow import Ports
 from appliance.config_server.protection.workflows import WORKFLOWS
+from appliance.config_server.recovery.room import refuse_held_points
+from appliance.config_server.recovery.settling import refuse_at_work
 from appliance.config_server.store.schema import (
     Job,
     Machine,
@@ -117,7 +119,9 @@ async def protect(
 
 
 async def unprotect(asking: Asking, reference: str, *, keep_points: bool) -> Job:
-    """End a machine's protection; or delete the points that were kept when it ended."""
+    """End a machine's protection; or delete the points that were kept when it ended. VMs of tests
+    and of a failover that is not committed go; a committed one is somebody's machine and stays.
+    """
     machine = await _known(asking, reference)
     await refuse_busy(asking.session, machine)
     event = Event.UNPROTECT_ASKED
@@ -129,6 +133,9 @@ async def unprotect(asking: Asking, reference: str, *, keep_points: bool) -> Job
             f"the applier was told to delete the points of {machine.name}: they cannot be kept",
             hint="unprotect it without keeping the points",
         )
+    if not keep_points:
+        await refuse_held_points(asking.session, machine, asking.now_ns)
+    await refuse_at_work(asking.session, machine)
     # Only the step that tells the applier marks them: a job that ends before it keeps them.
     return _ask(asking, machine, event, JobKind.UNPROTECT, {"keep_points": keep_points})
 

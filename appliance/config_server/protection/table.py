@@ -1,9 +1,10 @@
 """A machine's protection as a table: state x event -> state and commands.
 
 A pair that is not in the table is a conflict that names the state and says why. The new state is
-written before a command runs; commands can be repeated. Failover adds states and rows of its own.
+written before a command runs; commands can be repeated. A test failover is no event: it changes
+nothing of its machine.
 
-Source: docs/CONTROL.md §9.
+Source: docs/CONTROL.md §9; docs/RECOVERY.md §4.
 """
 
 from collections.abc import Mapping
@@ -27,6 +28,11 @@ class State(StrEnum):
     RESYNC_REQUIRED:     changes no longer join on; old points stay, new ones are not made.
     RESYNCHRONISING:     both sides are compared, and what differs is sent.
     DISABLING:           a job ends the replication.
+    FAILING_OVER:        a job recovers it at the second site; replication goes on until it has.
+    FAILED_OVER:         its VM runs there; the agent tracks and sends nothing. It can be taken
+                         back, have another point, or be committed.
+    CANCELLING:          a job takes the failover back.
+    COMMITTED:           the VM stands alone; there is no way back without reprotection.
     """
 
     UNPROTECTED = "unprotected"
@@ -36,6 +42,10 @@ class State(StrEnum):
     RESYNC_REQUIRED = "resync-required"
     RESYNCHRONISING = "resynchronising"
     DISABLING = "disabling"
+    FAILING_OVER = "failing-over"
+    FAILED_OVER = "failed-over"
+    CANCELLING = "cancelling"
+    COMMITTED = "committed"
 
 
 class Event(StrEnum):
@@ -55,6 +65,15 @@ class Event(StrEnum):
     DISABLED = "disabled"
     DISABLE_FAILED = "disable-failed"
     POINTS_REMOVAL_ASKED = "points-removal-asked"
+    FAILOVER_ASKED = "failover-asked"
+    FAILOVER_DONE = "failover-done"
+    FAILOVER_FAILED = "failover-failed"
+    CHANGE_POINT_ASKED = "change-point-asked"
+    COMMIT_ASKED = "commit-asked"
+    COMMITTED = "committed"
+    CANCEL_ASKED = "cancel-asked"
+    CANCELLED = "cancelled"
+    CANCEL_FAILED = "cancel-failed"
     AGENT_LOST = "agent-lost"
     AGENT_FOUND = "agent-found"
 
@@ -81,7 +100,18 @@ REPLICATING = frozenset(
         State.RESYNCHRONISING,
     }
 )
-"""States in which the nodes are told to replicate the machine."""
+"""States of a machine that is replicated."""
+
+RECOVERING = frozenset({State.FAILING_OVER, State.FAILED_OVER, State.CANCELLING, State.COMMITTED})
+"""States of a failover: its agent tracks, and none of its points is thinned."""
+
+SENDING = REPLICATING | {State.FAILING_OVER}
+"""States in which the agent is told to replicate: a failover that fails has then cost nothing."""
+
+TESTABLE = frozenset(
+    {State.PROTECTED, *(State.RESYNC_REQUIRED, State.RESYNCHRONISING), State.FAILED_OVER}
+)
+"""States in which there are points for a test failover."""
 
 RESYNCING = frozenset({State.RESYNC_REQUIRED, State.RESYNCHRONISING})
 """States that have a cause."""
@@ -127,6 +157,7 @@ TABLE: Mapping[State, Mapping[Event, Outcome]] = MappingProxyType(
             Event.RESYNC_REQUIRED: (State.RESYNC_REQUIRED, ()),
             Event.RESYNC_BEGUN: (State.RESYNCHRONISING, ()),
             Event.UNPROTECT_ASKED: (State.DISABLING, _JOB),
+            Event.FAILOVER_ASKED: (State.FAILING_OVER, _JOB),
             **_DISKS[State.PROTECTED],
             **_stay(State.PROTECTED, *_LOSS),
         },
@@ -136,6 +167,7 @@ TABLE: Mapping[State, Mapping[Event, Outcome]] = MappingProxyType(
             Event.RESYNC_BEGUN: (State.RESYNCHRONISING, ()),
             Event.RESYNC_DONE: (State.PROTECTED, ()),
             Event.UNPROTECT_ASKED: (State.DISABLING, _JOB),
+            Event.FAILOVER_ASKED: (State.FAILING_OVER, _JOB),
             **_DISKS[State.RESYNC_REQUIRED],
             **_stay(State.RESYNC_REQUIRED, *_LOSS),
         },
@@ -143,6 +175,7 @@ TABLE: Mapping[State, Mapping[Event, Outcome]] = MappingProxyType(
             Event.RESYNC_REQUIRED: (State.RESYNC_REQUIRED, ()),
             Event.RESYNC_DONE: (State.PROTECTED, ()),
             Event.UNPROTECT_ASKED: (State.DISABLING, _JOB),
+            Event.FAILOVER_ASKED: (State.FAILING_OVER, _JOB),
             **_stay(State.RESYNCHRONISING, *_LOSS),
         },
         State.DISABLING: {
@@ -150,6 +183,30 @@ TABLE: Mapping[State, Mapping[Event, Outcome]] = MappingProxyType(
             Event.DISABLED: (State.UNPROTECTED, _ALL),
             Event.DISABLE_FAILED: (State.DISABLING, ()),
             **_stay(State.DISABLING, *_LOSS),
+        },
+        State.FAILING_OVER: {
+            Event.FAILOVER_DONE: (State.FAILED_OVER, _ALL),
+            Event.FAILOVER_FAILED: (State.PROTECTED, _ALL),
+            **_stay(State.FAILING_OVER, *_LOSS),
+        },
+        State.FAILED_OVER: {
+            Event.CHANGE_POINT_ASKED: (State.FAILED_OVER, _JOB),
+            Event.COMMIT_ASKED: (State.FAILED_OVER, _JOB),
+            Event.COMMITTED: (State.COMMITTED, _ALL),
+            Event.CANCEL_ASKED: (State.CANCELLING, _JOB),
+            Event.UNPROTECT_ASKED: (State.DISABLING, _JOB),
+            **_stay(State.FAILED_OVER, *_LOSS),
+        },
+        State.CANCELLING: {
+            Event.CANCEL_ASKED: (State.CANCELLING, _JOB),
+            Event.CANCELLED: (State.PROTECTED, _ALL),
+            Event.CANCEL_FAILED: (State.CANCELLING, ()),
+            Event.UNPROTECT_ASKED: (State.DISABLING, _JOB),
+            **_stay(State.CANCELLING, *_LOSS),
+        },
+        State.COMMITTED: {
+            Event.UNPROTECT_ASKED: (State.DISABLING, _JOB),
+            **_stay(State.COMMITTED, *_LOSS),
         },
     }
 )
@@ -161,6 +218,10 @@ _ASKED = {
     Event.DISK_EXCLUDED: "exclude a disk of",
     Event.UNPROTECT_ASKED: "unprotect",
     Event.POINTS_REMOVAL_ASKED: "remove the points of",
+    Event.FAILOVER_ASKED: "fail over",
+    Event.CHANGE_POINT_ASKED: "change the point of",
+    Event.COMMIT_ASKED: "commit the failover of",
+    Event.CANCEL_ASKED: "take back the failover of",
 }
 """What people ask for, as they would say it."""
 
@@ -172,6 +233,10 @@ _WAY_OUT = {
     State.RESYNC_REQUIRED: "let it resynchronise first",
     State.RESYNCHRONISING: "wait until the resync under way has ended",
     State.DISABLING: "wait for the job that unprotects it; if it failed, unprotect it again",
+    State.FAILING_OVER: "wait for the job that fails it over, or cancel that job",
+    State.FAILED_OVER: "commit the failover or take it back first",
+    State.CANCELLING: "wait for the job that takes it back; if that failed, cancel it again",
+    State.COMMITTED: "unprotect it, then protect the machine that runs now",
 }
 
 

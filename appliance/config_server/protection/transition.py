@@ -1,6 +1,7 @@
 """Putting an event to a machine's row: the table decides, the row follows."""
 
 from appliance.config_server.protection.table import (
+    RECOVERING,
     RESYNCING,
     Command,
     Event,
@@ -9,6 +10,7 @@ from appliance.config_server.protection.table import (
 )
 from appliance.config_server.store.schema import Machine
 
+_BACK = frozenset({Event.FAILOVER_FAILED, Event.CANCELLED})
 KEPT, REMOVING, NO_POINTS = "kept", "removing", ""
 """What becomes of a machine's points (`Machine.points`)."""
 
@@ -16,12 +18,18 @@ KEPT, REMOVING, NO_POINTS = "kept", "removing", ""
 def enter(
     machine: Machine, event: Event, now_ns: int, *, cause: str = "", reason: str = ""
 ) -> tuple[Command, ...]:
-    """Change the row and return what follows. Raises IllegalTransitionError."""
+    """Change the row and return what follows. Raises IllegalTransitionError.
+
+    A resync that a failover came in between of is required again when the failover comes to
+    nothing: what the agent has to say of it, it says by itself.
+    """
     state, commands = step(State(machine.state), event, machine=machine.name)
+    if event in _BACK and machine.cause:
+        state, _ = step(state, Event.RESYNC_REQUIRED)
     if state != machine.state:
         machine.since_ns = now_ns
     machine.state = state
-    if state not in RESYNCING:
+    if state not in RESYNCING | RECOVERING:
         machine.cause = machine.reason = ""
     elif cause:
         machine.cause, machine.reason = cause, reason

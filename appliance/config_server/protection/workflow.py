@@ -2,19 +2,21 @@
 
 A step that acts does so in one transaction together with its record, so it happens once. A step
 that waits is asked again and again, and writes only when what it says changes. Both may be asked
-anew after a crash.
+anew after a crash. What cannot be done in a transaction is done outside of one, at least once.
 
 Source: docs/CONTROL.md §9.
 """
 
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.nodes.report_book import Heard, newest_of
-from appliance.config_server.protection.jobs import JobKind
+from appliance.config_server.protection.jobs import JobError, JobKind
 from appliance.config_server.store.schema import Job, Machine, Node
 from replication.control.report import (
     ApplierReport,
@@ -51,9 +53,6 @@ class Waiting:
     note: str
 
 
-Verdict = Done | Waiting
-
-
 @dataclass(frozen=True, slots=True)
 class Ports:
     """What jobs need of the parts that know the nodes.
@@ -74,7 +73,6 @@ class Scene:
 
     session: AsyncSession
     job: Job
-    machine: Machine
     ports: Ports
     now_ns: int
 
@@ -87,6 +85,8 @@ class Scene:
     async def tell(self, *nodes: uuid.UUID | None) -> None:
         """Count up assignments, and remember up to which versions the job has to wait."""
         known = sorted({node for node in nodes if node is not None})
+        if not known:
+            return
         await self.ports.bump(self.session, known)
         versions = dict(self.job.request.get("versions", {}))
         for node in known:
@@ -101,12 +101,23 @@ class Scene:
         heard = await self.heard(node)
         return heard is not None and heard.report.assignment >= version
 
-    async def agent(self) -> MachineReport | None:
-        """The agent's report, once it follows what it was told."""
-        heard = await self.heard(self.machine.id)
-        if heard is None or not await self.has_heard(self.machine.id):
+    async def agent_of(self, machine: uuid.UUID) -> MachineReport | None:
+        """An agent's report, once it follows what it was told."""
+        heard = await self.heard(machine)
+        if heard is None or not await self.has_heard(machine):
             return None
         return heard.report if isinstance(heard.report, MachineReport) else None
+
+
+@dataclass(frozen=True, slots=True)
+class MachineScene(Scene):
+    """Of a job that owns one machine: its row, locked, which names the job."""
+
+    machine: Machine
+
+    async def agent(self) -> MachineReport | None:
+        """The agent's report, once it follows what it was told."""
+        return await self.agent_of(self.machine.id)
 
     async def store(self) -> StoreReport | None:
         """What the applier says of the machine."""
@@ -123,34 +134,112 @@ def store_of(heard: Heard | None, machine: uuid.UUID) -> StoreReport | None:
     return next((store for store in heard.report.stores if store.machine == machine), None)
 
 
+S = TypeVar("S", bound=Scene)
+
+
 @dataclass(frozen=True, slots=True)
-class Step:
+class Outside(Generic[S]):
+    """The step has something done that is no matter of the database, and that may take long.
+
+    do:   runs without a transaction, and is cancelled when the job is to be; what it returns writes
+          down what came of it. Whatever it needs to know of an earlier attempt was written before.
+    note: what is being done.
+    """
+
+    note: str
+    do: Callable[[], Awaitable[Callable[[S], Awaitable[None]]]]
+
+
+Verdict = Done | Waiting | Outside[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[S]):
     """name: what people see, and how a job's row and the code find each other over upgrades.
     late: what to say when a wait takes longer than nodes have to answer; empty: it goes on then.
+    is_patient: it ends its waits by itself.
     """
 
     name: str
-    act: Callable[[Scene], Awaitable[Verdict]]
+    act: Callable[[S], Awaitable[Verdict]]
     late: str = ""
     hint: str = ""
+    is_patient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Workflow:
-    """A kind of job. ``succeed`` and ``undo`` end it, in the transaction that closes its row."""
+class Workflow(Generic[S]):
+    """A kind of job. ``succeed`` and ``undo`` end it, in the transaction that closes its row.
+
+    open:    what the job owns; none when that is not the job's any more.
+    nodes:   whose news its steps wait for.
+    succeed: may say what has failed although all steps are done.
+    find:    the step of a name, for a job whose steps are made for it; none: of ``steps`` alone.
+    """
 
     kind: JobKind
-    steps: tuple[Step, ...]
-    succeed: Callable[[Scene], Awaitable[None]]
-    undo: Callable[[Scene], Awaitable[None]]
+    steps: tuple[Step[S], ...]
+    open: Callable[[AsyncSession, Job, Ports, int], Awaitable[S | None]]
+    nodes: Callable[[AsyncSession, Job], Awaitable[frozenset[uuid.UUID]]]
+    succeed: Callable[[S], Awaitable[JobError | None]]
+    undo: Callable[[S], Awaitable[None]]
+    find: Callable[[str], Step[S] | None] | None = None
 
-    def step(self, name: str) -> Step:
+    def step(self, name: str) -> Step[S]:
         """Raises StepFailedError for one that this version does not know any more."""
         for step in self.steps:
             if step.name == name:
                 return step
+        found = self.find(name) if self.find is not None else None
+        if found is not None:
+            return found
         raise StepFailedError(
             f"this version knows no step {name!r} of a job to {self.kind}",
             code="unknown_step",
             hint="the job is of another version: ask for it anew",
         )
+
+
+Workflows = Mapping[JobKind, Workflow[Any]]
+
+
+async def open_machine(
+    session: AsyncSession, job: Job, ports: Ports, now_ns: int
+) -> MachineScene | None:
+    """The job's machine, while it names the job."""
+    if job.target_id is None:
+        return None
+    machine = await session.scalar(
+        select(Machine).where(Machine.id == job.target_id).with_for_update()
+    )
+    if machine is None or machine.job_id != job.id:
+        return None
+    return MachineScene(session, job, ports, now_ns, machine)
+
+
+async def machine_nodes(session: AsyncSession, job: Job) -> frozenset[uuid.UUID]:
+    """The nodes that the job's machine has to do with."""
+    machine = await session.get(Machine, job.target_id) if job.target_id is not None else None
+    if machine is None:
+        return frozenset()
+    known = (machine.id, machine.process_server_id, machine.applier_id)
+    return frozenset(node for node in known if node is not None)
+
+
+def machine_workflow(
+    kind: JobKind,
+    steps: tuple[Step[MachineScene], ...],
+    succeed: Callable[[MachineScene], Awaitable[None]],
+    undo: Callable[[MachineScene], Awaitable[None]],
+) -> Workflow[MachineScene]:
+    """Of jobs that own one machine, and let go of it when they end."""
+
+    def ending(end: Callable[[MachineScene], Awaitable[None]]) -> Callable[[MachineScene], Any]:
+        async def released(scene: MachineScene) -> None:
+            await end(scene)
+            scene.machine.job_id = None
+            scene.machine.revision += 1
+
+        return released
+
+    return Workflow(kind, steps, open_machine, machine_nodes, ending(succeed), ending(undo))

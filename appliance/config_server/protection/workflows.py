@@ -16,13 +16,15 @@ from appliance.config_server.protection.transition import (
 )
 from appliance.config_server.protection.workflow import (
     Done,
-    Scene,
+    MachineScene,
     Step,
     StepFailedError,
     Verdict,
     Waiting,
-    Workflow,
+    Workflows,
+    machine_workflow,
 )
+from appliance.config_server.recovery.settling import drop_all, settle, vms_left
 from appliance.config_server.store.schema import Node, ProtectedDisk
 from replication.control.report import Phase
 
@@ -37,29 +39,29 @@ _APPLIER_HINT = (
 )
 
 
-async def _make_key(scene: Scene) -> Verdict:
+async def _make_key(scene: MachineScene) -> Verdict:
     await scene.ports.ensure_key(scene.session, scene.machine.id)
     return Done()
 
 
-async def _tell_appliance(scene: Scene) -> Verdict:
+async def _tell_appliance(scene: MachineScene) -> Verdict:
     await scene.tell(scene.machine.process_server_id, scene.machine.applier_id)
     return Done()
 
 
-async def _appliance_follows(scene: Scene) -> Verdict:
+async def _appliance_follows(scene: MachineScene) -> Verdict:
     for node in (scene.machine.process_server_id, scene.machine.applier_id):
         if node is not None and not await scene.has_heard(node):
             return Waiting(f"waits for {await _name(scene, node)}")
     return Done()
 
 
-async def _tell_agent(scene: Scene) -> Verdict:
+async def _tell_agent(scene: MachineScene) -> Verdict:
     await scene.tell(scene.machine.id)
     return Done()
 
 
-async def _agent_replicates(scene: Scene) -> Verdict:
+async def _agent_replicates(scene: MachineScene) -> Verdict:
     report = await scene.agent()
     if report is None:
         return Waiting("waits for the agent to follow its new assignment")
@@ -74,11 +76,11 @@ async def _agent_replicates(scene: Scene) -> Verdict:
     return Done(f"the agent says: {report.phase}")
 
 
-async def _enabled(scene: Scene) -> None:
+async def _enabled(scene: MachineScene) -> None:
     enter(scene.machine, Event.ENABLED, scene.now_ns)
 
 
-async def _not_enabled(scene: Scene) -> None:
+async def _not_enabled(scene: MachineScene) -> None:
     """What the applier may have begun goes too, unless it had points of the machine before."""
     machine = scene.machine
     enter(machine, Event.ENABLE_FAILED, scene.now_ns)
@@ -89,7 +91,16 @@ async def _not_enabled(scene: Scene) -> None:
         await _forget_disks(scene)
 
 
-async def _tell_all(scene: Scene) -> Verdict:
+async def _vms_gone(scene: MachineScene) -> Verdict:
+    """Their disks are made over its points, so they go first."""
+    failovers, tell = await drop_all(scene.session, scene.machine)
+    tell |= await settle(scene.session, failovers, scene.heard, scene.now_ns)
+    await scene.tell(*tell)
+    left = await vms_left(scene.session, failovers)
+    return Waiting(f"waits for {left} virtual machines to be gone") if left else Done()
+
+
+async def _tell_all(scene: MachineScene) -> Verdict:
     """From this transaction on the applier may delete the points, if that was asked for."""
     if not scene.job.request["keep_points"]:
         scene.machine.points = REMOVING
@@ -97,7 +108,7 @@ async def _tell_all(scene: Scene) -> Verdict:
     return Done()
 
 
-async def _agent_stopped(scene: Scene) -> Verdict:
+async def _agent_stopped(scene: MachineScene) -> Verdict:
     report = await scene.agent()
     if report is not None:
         if report.phase in (Phase.IDLE, Phase.FAILED):
@@ -109,7 +120,7 @@ async def _agent_stopped(scene: Scene) -> Verdict:
     return Waiting("waits for the agent to follow its new assignment")
 
 
-async def _points_removed(scene: Scene) -> Verdict:
+async def _points_removed(scene: MachineScene) -> Verdict:
     if scene.machine.points != REMOVING or scene.machine.applier_id is None:
         return Done("the points are kept")
     if await _process_server_sends(scene):
@@ -121,7 +132,7 @@ async def _points_removed(scene: Scene) -> Verdict:
     return Waiting(f"waits for {await _name(scene, scene.machine.applier_id)} to delete the points")
 
 
-async def _process_server_sends(scene: Scene) -> bool:
+async def _process_server_sends(scene: MachineScene) -> bool:
     """Whether it may still upload what it has of the machine; one that is silent for long is not
     waited for.
     """
@@ -132,32 +143,32 @@ async def _process_server_sends(scene: Scene) -> bool:
     return heard is not None and scene.now_ns - heard.seen_ns <= SILENT_NS
 
 
-async def _disabled(scene: Scene) -> None:
+async def _disabled(scene: MachineScene) -> None:
     machine = scene.machine
     enter(machine, Event.DISABLED, scene.now_ns)
     await scene.tell(machine.id, machine.process_server_id, machine.applier_id)
     machine.policy_id = machine.process_server_id = None
-    machine.resync_in_window = False
+    machine.resync_in_window = machine.final_wanted = False
     if machine.points == REMOVING:
         forget_points(machine)
         await _forget_disks(scene)
 
 
-async def _not_disabled(scene: Scene) -> None:
+async def _not_disabled(scene: MachineScene) -> None:
     enter(scene.machine, Event.DISABLE_FAILED, scene.now_ns)
 
 
-async def _agent_follows(scene: Scene) -> Verdict:
+async def _agent_follows(scene: MachineScene) -> Verdict:
     if await scene.agent() is None:
         return Waiting("waits for the agent to follow its new assignment")
     return Done()
 
 
-async def _nothing(scene: Scene) -> None:
+async def _nothing(scene: MachineScene) -> None:
     del scene
 
 
-async def _disk_back(scene: Scene) -> None:
+async def _disk_back(scene: MachineScene) -> None:
     """The disk is again as it was before somebody asked."""
     disk = await scene.session.get(ProtectedDisk, (scene.machine.id, scene.job.request["index"]))
     if disk is not None:
@@ -166,7 +177,7 @@ async def _disk_back(scene: Scene) -> None:
         await scene.tell(scene.machine.id)
 
 
-async def _agent_resynchronises(scene: Scene) -> Verdict:
+async def _agent_resynchronises(scene: MachineScene) -> Verdict:
     if not scene.job.request["now"]:
         return Done("it is ordered when the policy's window opens")
     report = await scene.agent()
@@ -184,13 +195,13 @@ async def _agent_resynchronises(scene: Scene) -> Verdict:
     return Waiting(f"waits for the agent to begin; it says: {report.phase}")
 
 
-async def _forget_disks(scene: Scene) -> None:
+async def _forget_disks(scene: MachineScene) -> None:
     await scene.session.execute(
         delete(ProtectedDisk).where(ProtectedDisk.machine_id == scene.machine.id)
     )
 
 
-async def _name(scene: Scene, node: object) -> str:
+async def _name(scene: MachineScene, node: object) -> str:
     row = await scene.session.get(Node, node)
     return row.name if row is not None else str(node)
 
@@ -205,11 +216,11 @@ _DISK_STEPS = (
     ),
 )
 
-WORKFLOWS = MappingProxyType(
+WORKFLOWS: Workflows = MappingProxyType(
     {
         workflow.kind: workflow
         for workflow in (
-            Workflow(
+            machine_workflow(
                 JobKind.PROTECT,
                 (
                     Step("make the data key", _make_key),
@@ -231,9 +242,15 @@ WORKFLOWS = MappingProxyType(
                 _enabled,
                 _not_enabled,
             ),
-            Workflow(
+            machine_workflow(
                 JobKind.UNPROTECT,
                 (
+                    Step(
+                        "virtual machines are gone",
+                        _vms_gone,
+                        late="the compute node did not remove the virtual machines",
+                        hint="see that it runs, then unprotect the machine again",
+                    ),
                     Step("tell all nodes", _tell_all),
                     Step("the agent stops", _agent_stopped),
                     Step(
@@ -246,9 +263,9 @@ WORKFLOWS = MappingProxyType(
                 _disabled,
                 _not_disabled,
             ),
-            Workflow(JobKind.ADD_DISK, _DISK_STEPS, _nothing, _disk_back),
-            Workflow(JobKind.EXCLUDE_DISK, _DISK_STEPS, _nothing, _disk_back),
-            Workflow(
+            machine_workflow(JobKind.ADD_DISK, _DISK_STEPS, _nothing, _disk_back),
+            machine_workflow(JobKind.EXCLUDE_DISK, _DISK_STEPS, _nothing, _disk_back),
+            machine_workflow(
                 JobKind.RESYNC,
                 (
                     Step("tell the agent", _tell_agent),

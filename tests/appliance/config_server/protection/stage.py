@@ -23,7 +23,8 @@ from appliance.config_server.protection.policy import PolicySettings
 from appliance.config_server.protection.requests import Asking
 from appliance.config_server.protection.table import REPLICATING
 from appliance.config_server.protection.transition import REMOVING
-from appliance.config_server.protection.workflow import Ports
+from appliance.config_server.protection.workflow import Ports, Workflows
+from appliance.config_server.protection.workflows import WORKFLOWS
 from appliance.config_server.store.engine import Database, open_database
 from appliance.config_server.store.schema import Certificate, DataKey, Job, Machine, Node
 from daemon.service import Health
@@ -79,6 +80,9 @@ class Nodes:
         if await session.get(DataKey, machine) is None:
             session.add(DataKey(machine_id=machine, wrapped=b"x", created_ns=self.clock()))
             self.keys_made += 1
+
+    async def furnish(self) -> None:
+        """Add what there is beside `furnish`."""
 
     async def report(self) -> None:
         """All that are not silent say how they are."""
@@ -238,12 +242,15 @@ async def open_stage(
     jobs: JobsConfig = JOBS,
     boundary: Callable[[str], None] = nothing,
     clock: Callable[[], int] = time.time_ns,
+    make_nodes: Callable[[Database, Callable[[], int]], Nodes] = Nodes,
+    workflows: Workflows = WORKFLOWS,
 ) -> AsyncIterator[Stage]:
     """Everything that runs in a config server for protection. ``url``: SQLite in ``folder``."""
     url = url or f"sqlite+aiosqlite:///{folder}/config-server.db"
     async with open_database(url) as database, contextlib.AsyncExitStack() as stack:
         await furnish(database, clock)
-        nodes = Nodes(database, clock)
+        nodes = make_nodes(database, clock)
+        await nodes.furnish()
         await nodes.report()
         protection = await stack.enter_async_context(
             open_protection(
@@ -254,6 +261,7 @@ async def open_stage(
                 config=jobs,
                 clock=clock,
                 boundary=boundary,
+                workflows=workflows,
             )
         )
         tasks = [

@@ -142,7 +142,7 @@ async def test_points_cannot_be_kept_once_the_applier_was_told_to_delete_them(st
     await protect(stage)
     stage.nodes.stubborn.add(APPLIER)
     job = await ask(stage, "unprotect", keep_points=False)
-    await stage.noted(job.id, 2)
+    await stage.noted(job.id, 3)
     assert await removed_at_the_applier(stage)
     async with stage.database.writing() as session:
         ask_to_cancel(await find_job(session, job.id), stage.clock())
@@ -158,7 +158,7 @@ async def test_points_are_not_settled_while_the_process_server_still_sends(stage
     await protect(stage)
     stage.nodes.stubborn.add(SERVER)
     job = await ask(stage, "unprotect", keep_points=False)
-    assert await stage.noted(job.id, 2) == "waits for ps-1"
+    assert await stage.noted(job.id, 3) == "waits for ps-1"
     async with stage.database.reading() as session:
         node = await session.get_one(Node, SERVER)
         machine = await session.get_one(Machine, MACHINE)
@@ -263,7 +263,7 @@ async def test_who_does_not_answer_fails_the_job_in_time(tmp_path: Path) -> None
         # An agent that is gone for good does not keep anybody from ending the protection ...
         stage.nodes.stubborn.add(MACHINE)
         job = await done(stage, "unprotect", keep_points=True)
-        assert "gone on without" in steps_of(job)[1].note
+        assert "gone on without" in steps_of(job)[2].note
         # ... but points are not taken for deleted when they are not.
         stage.nodes.stubborn.add(APPLIER)
         job = await stage.ended((await ask(stage, "unprotect", keep_points=False)).id)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.config_server.protection.table import (
+    RECOVERING,
     REPLICATING,
     TABLE,
     Command,
@@ -44,6 +45,21 @@ resynchronising      disabling   : unprotect-asked
 resynchronising      resynchronising : agent-lost agent-found
 disabling            unprotected : disabled
 disabling            disabling   : unprotect-asked disable-failed agent-lost agent-found
+protected            failing-over : failover-asked
+resync-required      failing-over : failover-asked
+resynchronising      failing-over : failover-asked
+failing-over         failed-over : failover-done
+failing-over         protected   : failover-failed
+failing-over         failing-over : agent-lost agent-found
+failed-over          failed-over : change-point-asked commit-asked agent-lost agent-found
+failed-over          committed   : committed
+failed-over          cancelling  : cancel-asked
+failed-over          disabling   : unprotect-asked
+cancelling           protected   : cancelled
+cancelling           cancelling  : cancel-asked cancel-failed agent-lost agent-found
+cancelling           disabling   : unprotect-asked
+committed            disabling   : unprotect-asked
+committed            committed   : agent-lost agent-found
 """
 
 ALLOWED = {
@@ -83,6 +99,13 @@ def test_nodes_are_told_when_replication_ends_without_their_doing() -> None:
     for state, row in TABLE.items():
         for event, (target, commands) in row.items():
             if state in REPLICATING and target is State.UNPROTECTED:
+                assert set(commands) >= set(Command) - {Command.START_JOB}, (state, event)
+
+
+def test_nodes_are_told_of_each_way_into_and_out_of_a_failover() -> None:
+    for state, row in TABLE.items():
+        for event, (target, commands) in row.items():
+            if state in RECOVERING and target is not state and Command.START_JOB not in commands:
                 assert set(commands) >= set(Command) - {Command.START_JOB}, (state, event)
 
 

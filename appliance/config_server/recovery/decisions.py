@@ -1,0 +1,254 @@
+"""What applier and compute node answer, and what follows from it: pure.
+
+Source: docs/RECOVERY.md §2 to §4.
+"""
+
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from appliance.config_server.recovery.run import FailoverKind, FailoverState, RunMachine
+from replication.control.recovery import (
+    HeldPoint,
+    PointChoice,
+    SourceDisk,
+    VmReport,
+    VmState,
+)
+
+CHECK_MARGIN_SECONDS = 60
+"""For the start of the VM and the way of its report, beside what the check itself may take."""
+
+_SECOND_NS = 10**9
+_NOT_IN_A_PATH = frozenset({"", ".", ".."})
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Not yet. ``note``: what for."""
+
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Good:
+    """It is as it should be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """It will not do. In the words of the API's errors."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Instead:
+    """What was asked for takes too long: another choice is to be held."""
+
+    choice: PointChoice
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """Of a changeset; they are ordered as they were made."""
+
+    generation: int = 0
+    number: int = 0
+
+    def __lt__(self, other: "Stamp") -> bool:
+        return (self.generation, self.number) < (other.generation, other.number)
+
+
+@dataclass(frozen=True, slots=True)
+class HoldView:
+    """A hold that is waited for.
+
+    waited_ns: since it was asked for. wait_seconds: for `latest`. answer_ns: what a node has to
+    answer. final: the very changeset that the point must be of; none: whatever it is.
+    """
+
+    machine: uuid.UUID
+    choice: str
+    waited_ns: int
+    wait_seconds: int
+    answer_ns: int
+    final: Stamp | None = None
+
+
+def judge_hold(view: HoldView, held: HeldPoint | None) -> Wait | Good | Bad | Instead:
+    """What becomes of a hold that the applier says this of; None: nothing yet.
+
+    `latest` is waited for so long as was asked, then what is processed is taken; the last changeset
+    of a planned failover is what no other point can replace.
+    """
+    if held is not None and held.state == "held":
+        return _judge_held(view, held)
+    if held is not None and held.state == "refused":
+        return Bad(
+            "point_refused",
+            f"the applier cannot hold the point {view.choice}: {held.reason or 'it says not why'}",
+            "`understudy points MACHINE` lists those that there are",
+        )
+    waits_ns = view.wait_seconds * _SECOND_NS if view.choice == PointChoice.LATEST else 0
+    if view.final is None and waits_ns and view.waited_ns > waits_ns and held is not None:
+        return Instead(PointChoice.LATEST_PROCESSED)
+    if view.waited_ns > waits_ns + view.answer_ns:
+        return Bad(
+            "no_answer",
+            f"the applier did not hold the point {view.choice}",
+            "see that it runs and reaches the config server, then ask again",
+        )
+    if held is None:
+        return Wait("waits for the applier")
+    return Wait(f"waits for the applier: {held.reason or 'what is durable is still to be applied'}")
+
+
+def _judge_held(view: HoldView, held: HeldPoint) -> Good | Bad:
+    if held.machine != view.machine or not held.disks or not _is_below(held):
+        return Bad(
+            "point_wrong",
+            f"the applier holds {held.folder}/{held.point} of machine {held.machine}, "
+            f"with {len(held.disks)} disks: nothing can be made from that",
+            "this is a defect of the applier: see its log",
+        )
+    if view.final is not None and view.final != Stamp(held.generation, held.number):
+        return Bad(
+            "not_the_last",
+            f"the point is of changeset {held.generation}.{held.number}, the last one was "
+            f"{view.final.generation}.{view.final.number}",
+            "the source went on to write: ask again",
+        )
+    return Good()
+
+
+def _is_below(held: HeldPoint) -> bool:
+    """Whether its files are below the folder of all points."""
+    parts = [*held.folder.split("/"), *held.point.split("/")]
+    return len(parts) > 1 and not _NOT_IN_A_PATH.intersection(parts)
+
+
+def source_disks(held: HeldPoint) -> tuple[SourceDisk, ...]:
+    """The files that a VM's disks are made over."""
+    return tuple(
+        SourceDisk(
+            index=disk.index,
+            name=disk.name,
+            size_bytes=disk.size_bytes,
+            source=f"{held.folder}/{held.point}/disk{disk.index}.img",
+        )
+        for disk in held.disks
+    )
+
+
+def judge_disks(report: VmReport | None, waited_ns: int, answer_ns: int) -> Wait | Good | Bad:
+    """Whether a VM's disks are made."""
+    if report is not None and report.state is VmState.FAILED:
+        return _broken(report)
+    if report is not None and report.state is not VmState.PREPARING:
+        return Good()
+    if waited_ns > answer_ns:
+        return _silent("did not make the disks")
+    return Wait("waits for the compute node to make the disks")
+
+
+def judge_vm(
+    report: VmReport | None, waited_ns: int, *, check_seconds_max: int, answer_ns: int
+) -> Wait | Good | Bad:
+    """Whether a VM that was switched on is up and has passed its check."""
+    if report is None:
+        if waited_ns > answer_ns:
+            return _silent("said nothing of the virtual machine")
+        return Wait("waits for the compute node")
+    if report.state is VmState.FAILED:
+        return _broken(report)
+    if report.state is VmState.STOPPED:
+        return Bad(
+            "vm_stopped",
+            f"the virtual machine stopped: {report.reason or 'no reason is known'}",
+            "its console tells more",
+        )
+    if report.state is VmState.UP and report.check is not None and not report.check.passed:
+        return Bad(
+            "check_failed",
+            f"the virtual machine is up, but its check failed: {report.check.detail}",
+            "its console tells more; another point may be better",
+        )
+    if report.state is VmState.UP:
+        return Good()
+    if waited_ns > (check_seconds_max + CHECK_MARGIN_SECONDS) * _SECOND_NS:
+        return Bad(
+            "check_late",
+            f"the virtual machine is not up within {check_seconds_max} s; it is {report.state}",
+            "its console tells more; allow it more time, or give it more processors",
+        )
+    return Wait(f"the virtual machine is {report.state}")
+
+
+def judge_off(report: VmReport | None) -> Wait | Good:
+    """Whether a VM that was switched off is."""
+    if report is not None and report.state in (VmState.STARTING, VmState.UP):
+        return Wait("waits for the virtual machine of the old point to be off")
+    return Good()
+
+
+def _broken(report: VmReport) -> Bad:
+    return Bad(
+        "vm_failed",
+        f"the compute node cannot make the virtual machine: {report.reason or 'it says not why'}",
+        "mend what it names, then ask again",
+    )
+
+
+def _silent(what: str) -> Bad:
+    return Bad(
+        "no_answer",
+        f"the compute node {what}",
+        "see that it runs and reaches the config server, then ask again",
+    )
+
+
+def hold_is_needed(
+    vms: Iterable[tuple[bool, bool]], state: FailoverState, *, has_job: bool
+) -> bool:
+    """Whether a failover's hold must stay: while a VM reads from the point, or will.
+
+    vms: those made from it: whether each is gone, and whether its disks stand alone.
+    """
+    known = list(vms)
+    if known:
+        return any(not is_gone and not is_independent for is_gone, is_independent in known)
+    return has_job and state in (FailoverState.STARTING, FailoverState.UP)
+
+
+def settled_state(state: FailoverState, vms_gone: Iterable[bool]) -> FailoverState | None:
+    """What a failover that is to go has become when all its VMs are gone; None: nothing new."""
+    ends = {
+        FailoverState.CLEANING: FailoverState.CLEANED,
+        FailoverState.CANCELLING: FailoverState.CANCELLED,
+    }
+    return ends.get(state) if all(vms_gone) else None
+
+
+def rto_seconds(asked_ns: int, up_ns: int) -> float | None:
+    """From the request to the VM being up; none while it is not."""
+    return max(0, up_ns - asked_ns) / _SECOND_NS if up_ns else None
+
+
+def rpo_seconds(asked_source_ns: int, point_ns: int) -> float | None:
+    """What was lost: the request's time less the point's, both by the source's clock."""
+    if not asked_source_ns or not point_ns:
+        return None
+    return max(0, asked_source_ns - point_ns) / _SECOND_NS
+
+
+def vm_name(machine: str, kind: FailoverKind) -> str:
+    """As people see it at the compute node; a test's tells that it is one."""
+    return f"{machine}-test" if kind is FailoverKind.TEST else machine
+
+
+def point_of(kind: FailoverKind, machine: RunMachine) -> str:
+    """A planned failover's point is what was written last, whatever else was asked for."""
+    return PointChoice.LATEST.value if kind is FailoverKind.PLANNED else machine.point

@@ -1,0 +1,348 @@
+"""The steps of a failover or test failover, from the final changeset to a VM that is up.
+
+Each may be asked again at any time. What it has written down tells it what is done: a hold, a VM,
+an order, a time.
+
+Source: docs/RECOVERY.md §4.
+"""
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from appliance.config_server.nodes.assignments import FINAL_SECONDS_MAX
+from appliance.config_server.protection.machines import next_final
+from appliance.config_server.protection.workflow import Done, Outside, Verdict, Waiting
+from appliance.config_server.recovery.decisions import (
+    Bad,
+    Good,
+    HoldView,
+    Instead,
+    Stamp,
+    Wait,
+    judge_disks,
+    judge_hold,
+    judge_vm,
+    source_disks,
+    vm_name,
+)
+from appliance.config_server.recovery.parts import (
+    add_hold,
+    add_note,
+    fail_part,
+    judge_each,
+    refuse_failed,
+    take_held,
+)
+from appliance.config_server.recovery.ports import PowerPort
+from appliance.config_server.recovery.run import FailoverKind, FailoverState
+from appliance.config_server.recovery.scene import Part, RecoveryScene
+from appliance.config_server.store.recovery_tables import PointHold, RecoveredVm
+from replication.control.recovery import HeldPoint, PointChoice, VmPower
+from replication.control.report import MachineReport, ProcessServerReport
+from replication.errors import ReplicationError
+
+POWER_OFF_SECONDS_MAX = 120.0
+POWERED_OFF_AT_ONCE_MAX = 16
+NOT_OFF = -1
+"""Of an unplanned failover's `powered_off_ns`: it was tried, and went wrong."""
+
+_SECOND_NS = 10**9
+_FINAL_NS = int(FINAL_SECONDS_MAX * _SECOND_NS)
+_THAW_HINT = "its agent lets writes go on; see that it and its network are well, then ask again"
+
+
+@dataclass(frozen=True, slots=True)
+class FailoverSteps:
+    """answer_ns: what a node has to answer."""
+
+    power: PowerPort
+    answer_ns: int
+
+    async def send_final(self, scene: RecoveryScene) -> Verdict:
+        """The agents let no more writes be acknowledged, and send what was written before."""
+        parts = scene.active()
+        new = [part for part in parts if part.failover.final == 0]
+        for part in new:
+            heard = await scene.heard(part.machine.id)
+            part.machine.final_order = part.failover.final = next_final(part.machine, heard)
+            part.machine.final_wanted = True
+            part.machine.revision += 1
+            part.failover.final_ns = scene.now_ns
+        await scene.tell(*(part.machine.id for part in new))
+
+        async def judge(part: Part) -> Wait | Good | Bad:
+            row = part.failover
+            if row.final_number:
+                return Good()
+            report = await scene.agent_of(part.machine.id)
+            if report is not None and report.final == row.final:
+                row.final_generation, row.final_number = (
+                    report.final_generation,
+                    report.final_number,
+                )
+                return Good()
+            if report is not None and report.final_reason:
+                return Bad("not_frozen", f"the agent cannot: {report.final_reason}", _THAW_HINT)
+            if scene.now_ns - row.final_ns > _FINAL_NS:
+                late = f"no final changeset within {FINAL_SECONDS_MAX:.0f} s"
+                return Bad("not_frozen", late, _THAW_HINT)
+            return Wait("waits for the agent's final changeset")
+
+        return await judge_each(scene, parts, judge)
+
+    async def shut_down(self, scene: RecoveryScene) -> Verdict:
+        """Switch the sources off; of an unplanned failover those that can be."""
+        await refuse_failed(scene)
+        todo = {
+            part.failover.id: (part.machine.name, part.machine.vm_id)
+            for part in scene.active()
+            if part.failover.powered_off_ns == 0
+            and (part.kind is FailoverKind.PLANNED or part.options.shut_down)
+        }
+        if not todo:
+            return Done(_shut_down_note(scene))
+        off = self._off_all(todo)
+        return Outside(f"switches off {', '.join(name for name, _ in todo.values())}", off)
+
+    def _off_all(
+        self, todo: Mapping[uuid.UUID, tuple[str, uuid.UUID | None]]
+    ) -> Callable[[], Awaitable[Callable[[RecoveryScene], Awaitable[None]]]]:
+        async def do() -> Callable[[RecoveryScene], Awaitable[None]]:
+            free = asyncio.Semaphore(POWERED_OFF_AT_ONCE_MAX)
+
+            async def one(vm: uuid.UUID | None) -> str:
+                async with free:
+                    return await self._off(vm)
+
+            told = await asyncio.gather(*(one(vm) for _, vm in todo.values()))
+            outcomes = dict(zip(todo, told, strict=True))
+
+            async def record(scene: RecoveryScene) -> None:
+                await _record_off(scene, outcomes)
+
+            return record
+
+        return do
+
+    async def _off(self, vm: uuid.UUID | None) -> str:
+        """Why it is not off; empty when it is."""
+        if vm is None:
+            return "it is in no vCenter's inventory"
+        try:
+            async with asyncio.timeout(POWER_OFF_SECONDS_MAX):
+                await self.power.power_off(vm)
+        except TimeoutError:
+            return f"its vCenter did not do it within {POWER_OFF_SECONDS_MAX:.0f} s"
+        except ReplicationError as error:
+            return str(error.args[0])
+        return ""
+
+    async def hold_points(self, scene: RecoveryScene) -> Verdict:
+        """The appliers choose the points and keep them."""
+        parts = scene.active()
+        taken_instead: list[str] = []
+
+        async def judge(part: Part) -> Wait | Good | Bad:
+            if part.hold is None:
+                stamp = await _stamp_of(scene, part)
+                part.hold = await add_hold(
+                    scene,
+                    part,
+                    part.failover.choice,
+                    generation=stamp.generation,
+                    number=stamp.number,
+                )
+            if part.hold.choice != part.failover.choice:
+                taken_instead.append(part.machine.name)
+            row = part.failover
+            final = Stamp(row.final_generation, row.final_number) if row.final else None
+            return await self.judge_held(scene, part, part.hold, final)
+
+        verdict = await judge_each(scene, parts, judge)
+        note = _instead_note(taken_instead, parts)
+        if isinstance(verdict, Waiting):
+            return verdict
+        return Done(note)
+
+    async def judge_held(
+        self, scene: RecoveryScene, part: Part, hold: PointHold, final: Stamp | None = None
+    ) -> Wait | Good | Bad:
+        """What has become of a hold; another one takes its place where it takes too long."""
+        if hold.answer is not None:
+            return Good()
+        held = await scene.held(hold)
+        view = HoldView(
+            machine=part.machine.id,
+            choice=hold.choice,
+            waited_ns=scene.now_ns - hold.created_ns,
+            wait_seconds=part.options.wait_seconds,
+            answer_ns=self.answer_ns,
+            final=final,
+        )
+        found = judge_hold(view, held)
+        if isinstance(found, Good):
+            assert held is not None
+            take_held(part, hold, held)
+        if isinstance(found, Instead):
+            hold.ended_ns = scene.now_ns
+            await add_hold(scene, part, found.choice)
+            return Wait(
+                "the newest point that is processed is taken: what is durable takes too long"
+            )
+        return found
+
+    async def make_disks(self, scene: RecoveryScene) -> Verdict:
+        """All VMs' disks are made over their points."""
+        parts = scene.active()
+        for part in parts:
+            if part.vm is None:
+                assert part.hold is not None
+                part.vm = await make_vm(scene, part, part.hold)
+                part.failover.vm_id = part.vm.id
+
+        async def judge(part: Part) -> Wait | Good | Bad:
+            assert part.vm is not None
+            waited_ns = scene.now_ns - part.vm.created_ns
+            return judge_disks(await scene.vm_report(part.vm), waited_ns, self.answer_ns)
+
+        return await judge_each(scene, parts, judge)
+
+    def start(self, group: int) -> Callable[[RecoveryScene], Awaitable[Verdict]]:
+        """Switch on a group's VMs."""
+
+        async def act(scene: RecoveryScene) -> Verdict:
+            parts = scene.active(group)
+            await scene.power([part.vm for part in parts], VmPower.ON)
+            return Done("" if parts else "nothing is left to start")
+
+        return act
+
+    def check(self, group: int) -> Callable[[RecoveryScene], Awaitable[Verdict]]:
+        """They are up, and have passed their checks."""
+
+        async def act(scene: RecoveryScene) -> Verdict:
+            async def judge(part: Part) -> Wait | Good | Bad:
+                assert part.vm is not None
+                found = await self.judge_up(scene, part, part.vm)
+                if isinstance(found, Good):
+                    part.failover.state = FailoverState.UP
+                    part.failover.up_ns = scene.now_ns
+                    part.failover.revision += 1
+                return found
+
+            return await judge_each(scene, scene.active(group), judge)
+
+        return act
+
+    async def judge_up(
+        self, scene: RecoveryScene, part: Part, vm: RecoveredVm
+    ) -> Wait | Good | Bad:
+        """Whether a VM is up; what its compute node says of it in the end is kept."""
+        report = await scene.vm_report(vm)
+        found = judge_vm(
+            report,
+            scene.waited_ns(),
+            check_seconds_max=part.options.check_seconds_max,
+            answer_ns=self.answer_ns,
+        )
+        if report is not None and not isinstance(found, Wait):
+            vm.report = report.model_dump(mode="json")
+        return found
+
+
+async def make_vm(scene: RecoveryScene, part: Part, hold: PointHold) -> RecoveredVm:
+    """Order a VM over a held point; it waits with its disks made."""
+    held = HeldPoint.model_validate(hold.answer)
+    options, row = part.options, part.failover
+    vm = RecoveredVm(
+        id=uuid.uuid4(),
+        failover_id=row.id,
+        machine_id=part.machine.id,
+        hold_id=hold.id,
+        compute_id=row.compute_id,
+        wanted=VmPower.DISKS,
+        document={
+            "name": vm_name(row.machine, part.kind),
+            "disks": [disk.model_dump() for disk in source_disks(held)],
+            "network": row.network,
+            "isolated": part.is_test,
+            "guest": options.guest,
+            "cpu_count": options.cpu_count,
+            "memory_bytes": options.memory_bytes,
+            "script": options.script,
+            "check_seconds_max": options.check_seconds_max,
+        },
+        created_ns=scene.now_ns,
+    )
+    scene.session.add(vm)
+    await scene.session.flush()
+    await scene.tell(vm.compute_id)
+    return vm
+
+
+async def _stamp_of(scene: RecoveryScene, part: Part) -> Stamp:
+    """What the point must not be older than: the final changeset, or all that is known to be
+    durable, by the agent's last word and the process server's.
+    """
+    row, machine = part.failover, part.machine
+    if row.final:
+        return Stamp(row.final_generation, row.final_number)
+    if row.choice != PointChoice.LATEST:
+        return Stamp()
+    known = [Stamp()]
+    agent = await scene.heard(machine.id)
+    if agent is not None and isinstance(agent.report, MachineReport):
+        known.append(Stamp(agent.report.generation, agent.report.committed))
+    server = await scene.heard(machine.process_server_id) if machine.process_server_id else None
+    if server is not None and isinstance(server.report, ProcessServerReport):
+        known += [
+            Stamp(stream.generation, stream.number)
+            for stream in server.report.streams
+            if stream.machine == machine.id
+        ]
+    return max(known)
+
+
+async def _record_off(scene: RecoveryScene, outcomes: Mapping[uuid.UUID, str]) -> None:
+    """Write down what is off. A source of a planned failover must be, before its agent thaws."""
+    for part in scene.active():
+        if part.failover.id not in outcomes:
+            continue
+        why = outcomes[part.failover.id]
+        row = part.failover
+        row.powered_off_ns = NOT_OFF if why else scene.now_ns
+        if part.kind is not FailoverKind.PLANNED:
+            if why:
+                add_note(row, f"the source is not off: {why}")
+            continue
+        if not why and await _has_thawed(scene, part):
+            why = "its agent had let writes go on before it was off"
+        if why:
+            bad = Bad("not_off", f"the source is not off: {why}", _THAW_HINT)
+            await fail_part(scene, part, bad)
+
+
+async def _has_thawed(scene: RecoveryScene, part: Part) -> bool:
+    """Whether writes may have been acknowledged after the final changeset: the agent says so, or
+    has been silent for longer than it stays frozen.
+    """
+    if scene.now_ns - part.failover.final_ns > _FINAL_NS:
+        return True
+    report = await scene.agent_of(part.machine.id)
+    return report is not None and report.final != part.failover.final
+
+
+def _shut_down_note(scene: RecoveryScene) -> str:
+    """Those that could not be, and those that nobody tried."""
+    untouched = [part.machine.name for part in scene.active() if part.failover.powered_off_ns <= 0]
+    return f"still on, as far as is known: {', '.join(untouched)}" if untouched else ""
+
+
+def _instead_note(names: list[str], parts: list[Part]) -> str:
+    if not names:
+        return ""
+    told = ", ".join(sorted(set(names)))
+    late = max((part.options.wait_seconds for part in parts), default=0)
+    return f"{told}: the newest processed point, since what is durable was not applied in {late} s"
