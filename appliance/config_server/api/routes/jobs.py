@@ -1,10 +1,11 @@
 """``jobs``: what is being done to machines, step by step, and what came of it."""
 
+import uuid
 from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import Path, Query
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
 
 from appliance.config_server.api.access import needs
@@ -20,6 +21,8 @@ from appliance.config_server.protection.jobs import (
     find_job,
     steps_of,
 )
+from appliance.config_server.protection.requests import Asking
+from appliance.config_server.recovery.requests import NOTES_CHARACTERS_MAX, resume
 from appliance.config_server.store.schema import Job
 from replication.control.role import OperatorRole
 
@@ -33,7 +36,8 @@ MachineQuery = Annotated[str | None, Query(max_length=255)]
 class JobDocument(BaseModel):
     """A job. Times in nanoseconds since 1970.
 
-    target:   the machine's name. instance: the config server that works on it.
+    target:   the machine's or the plan's name. run: the run that a job of recovery belongs to.
+    instance: the config server that works on it.
     """
 
     id: str
@@ -48,6 +52,7 @@ class JobDocument(BaseModel):
     created_ns: int
     updated_ns: int
     ended_ns: int | None
+    run: uuid.UUID | None = None
 
     @classmethod
     def of(cls, job: Job) -> "JobDocument":
@@ -64,7 +69,16 @@ class JobDocument(BaseModel):
             created_ns=job.created_ns,
             updated_ns=job.updated_ns,
             ended_ns=job.ended_ns,
+            run=job.request.get("run"),
         )
+
+
+class ResumeRequest(BaseModel):
+    """note: what was done, or found."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    note: Annotated[str, Field(max_length=NOTES_CHARACTERS_MAX, pattern=r"^[^\x00]*$")] = ""
 
 
 @router.get("")
@@ -99,6 +113,17 @@ async def cancel(server: ServerOf, caller: Operator, job: JobId) -> JobDocument:
     async with server.change(caller, "job.cancel", job) as session:
         row = await find_job(session, job, lock=True)
         ask_to_cancel(row, server.clock())
-    if row.target_id is not None:
-        server.protection.performer.wake(row.target_id)
+    server.protection.performer.wake(row.id)
+    return JobDocument.of(row)
+
+
+@router.post("/{job}/resume", status_code=HTTPStatus.ACCEPTED)
+async def resume_job(
+    server: ServerOf, caller: Operator, job: JobId, request: ResumeRequest
+) -> JobDocument:
+    """Say that what a job waits for is done: it goes on after a manual action."""
+    async with server.change(caller, "job.resume", job, {"note": request.note}) as session:
+        asking = Asking(session, server.protection.ports, server.clock(), caller.name)
+        row = await resume(asking, job, note=request.note)
+    server.protection.performer.wake(row.id)
     return JobDocument.of(row)

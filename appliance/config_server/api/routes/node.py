@@ -17,6 +17,7 @@ from appliance.config_server.api.router import Count64, Router, ServerOf
 from appliance.config_server.caller import Caller
 from appliance.config_server.identity import data_keys
 from appliance.config_server.identity.enrolment import read_signing_request
+from appliance.config_server.recovery.intake import take_evidence, take_points
 from appliance.config_server.server import Server
 from appliance.config_server.store.schema import Certificate, Node
 from daemon.certificates import certificate_pem, serial_text
@@ -24,9 +25,16 @@ from daemon.control_config import WAIT_SECONDS_MAX
 from replication.control.assignment import Assignment
 from replication.control.data_key import GivenDataKey
 from replication.control.enrolment import Enrolled, RenewalRequest
+from replication.control.recovery import Evidence, EvidenceKind, PointList
 from replication.control.report import AnyReport, ReportAnswer
 from replication.control.role import NodeRole
-from replication.errors import InputError, LimitError, NotFoundError, UnknownCallerError
+from replication.errors import (
+    InputError,
+    LimitError,
+    NotFoundError,
+    PeerError,
+    UnknownCallerError,
+)
 
 router = Router("node")
 AnyNode = Annotated[Caller, needs_node()]
@@ -110,6 +118,32 @@ async def data_key(server: ServerOf, caller: KeyHolder, machine: uuid.UUID) -> G
             session, server.identity.vault, machine, node=caller.node_id, role=caller.role
         )
     return GivenDataKey(machine=machine, data_key=key.hex())
+
+
+@router.post("/points", status_code=HTTPStatus.NO_CONTENT)
+async def put_points(
+    server: ServerOf, caller: Annotated[Caller, needs_node(NodeRole.APPLIER)], points: PointList
+) -> None:
+    """Put all recovery points of a machine that is assigned to the applier."""
+    async with server.database.writing() as session:
+        await take_points(session, caller.node_id, points, server.clock())
+
+
+@router.post("/evidence/{vm}/{kind}", status_code=HTTPStatus.NO_CONTENT)
+async def put_evidence(
+    server: ServerOf,
+    caller: Annotated[Caller, needs_node(NodeRole.COMPUTE)],
+    vm: uuid.UUID,
+    kind: EvidenceKind,
+    evidence: Evidence,
+) -> None:
+    """Put the console or a screenshot of a VM that is in the compute node's assignment."""
+    try:
+        content = evidence.bytes()
+    except PeerError as error:
+        raise InputError(f"content: {error}") from error
+    async with server.database.writing() as session:
+        await take_evidence(session, caller.node_id, vm, kind, content, now_ns=server.clock())
 
 
 async def _assignment(server: Server, caller: Caller, after: int) -> Assignment | None:

@@ -27,7 +27,16 @@ ANYONE = {
     ("POST", "enrolment/certificates"),
 }
 READ_BY_CONTRIBUTORS = {("GET", "tokens"), ("GET", "audit")}
-CHANGED_BY_OPERATORS = {("POST", "machines/{}/resync"), ("POST", "jobs/{}/cancel")}
+CHANGED_BY_OPERATORS = {
+    ("POST", "machines/{}/resync"),
+    ("POST", "jobs/{}/cancel"),
+    ("POST", "jobs/{}/resume"),
+    ("POST", "machines/{}/failovers"),
+    ("POST", "failovers/{}/cleanup"),
+    ("POST", "failovers/{}/change-point"),
+    ("POST", "failovers/{}/commit"),
+    ("POST", "failovers/{}/cancel"),
+}
 """Docs/CONTROL.md §6 beside its rule: Readers get, Contributors change, nodes have ``node/``."""
 
 
@@ -38,6 +47,10 @@ def _meant(method: str, path: str) -> Access:
         return Access()
     if plain == "node/data-keys/{}":
         return Access(nodes=frozenset({NodeRole.MACHINE, NodeRole.APPLIER}))
+    if plain == "node/points":
+        return Access(nodes=frozenset({NodeRole.APPLIER}))
+    if plain == "node/evidence/{}/{}":
+        return Access(nodes=frozenset({NodeRole.COMPUTE}))
     if plain.startswith("node/"):
         return Access(nodes=frozenset(NodeRole))
     if (method, plain) in CHANGED_BY_OPERATORS:
