@@ -28,7 +28,11 @@ M = TypeVar("M", bound=Message)
 
 
 class AssignmentMemory(Generic[A]):
-    """assignment: the newest that may be followed; None for a node that never heard one."""
+    """What a node may follow.
+
+    assignment: the newest that may be followed; None for a node that never heard one.
+    is_older:   it is of an older memory: what it does not name may have been forgotten.
+    """
 
     def __init__(self, folder: str, kind: type[A], health: Health) -> None:
         """Read what is on disk. Raises ConfigError for what others can read."""
@@ -39,6 +43,7 @@ class AssignmentMemory(Generic[A]):
         self._followed = _read(self._followed_path, Followed) or Followed()
         if self.assignment is not None:
             self._followed = judge(self._followed, self.assignment.version).followed
+        self.is_older = self._followed.is_older
         self._tell()
 
     def take(self, newer: A) -> A:
@@ -60,11 +65,12 @@ class AssignmentMemory(Generic[A]):
     def accept(self, assignment: A) -> None:
         """It is followed from now on; it has been taken."""
         self.assignment = assignment
+        self.is_older = self._followed.is_older
         self._tell()
 
     def _tell(self) -> None:
         told = ""
-        if self._followed.is_older and self.assignment is not None:
+        if self.is_older and self.assignment is not None:
             told = (
                 f"the config server speaks from an older memory: assignment"
                 f" {self.assignment.version} came after {self._followed.highest}; nothing is"

@@ -120,6 +120,11 @@ class ControlClient(Generic[A]):
         return self._memory.assignment
 
     @property
+    def is_older_memory(self) -> bool:
+        """Whether ``assignment`` may have forgotten something: see `AssignmentMemory`."""
+        return self._memory.is_older
+
+    @property
     def version(self) -> int:
         """Of the newest assignment, for reports; 0 without one."""
         return self.assignment.version if self.assignment else 0

@@ -63,6 +63,12 @@ async def serve(config: ApplierConfig, service: Service) -> None:
     async with contextlib.AsyncExitStack() as stack:
         account = config.cache.open()
         stack.push_async_callback(account.close)
+        control = None
+        if config.control is not None:
+            client = ControlClient(
+                config.control, ApplierAssignment, health=service.health, stop=service.stop
+            )
+            control = await stack.enter_async_context(client)
         shared = Shared(
             config=config,
             account=account,
@@ -72,13 +78,8 @@ async def serve(config: ApplierConfig, service: Service) -> None:
             pool=stack.enter_context(ThreadPoolExecutor(OPENER_COUNT, "opener")),
             health=service.health,
             metrics=ApplierMetrics(service.registry),
+            report_now=control.report_now if control is not None else lambda: None,
         )
-        control = None
-        if config.control is not None:
-            client = ControlClient(
-                config.control, ApplierAssignment, health=service.health, stop=service.stop
-            )
-            control = await stack.enter_async_context(client)
         async with asyncio.TaskGroup() as group:
             fleet = Fleet(shared, group)
             await fleet.follow(targets)

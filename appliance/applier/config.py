@@ -83,6 +83,7 @@ class ApplierConfig(DaemonConfig):
     gap_seconds_max: how long missing blobs are asked for before the stream is called lost.
     disk_bytes_max: of a disk that a machine declares; one with a larger disk is not applied.
     machine_space_bytes_max: that a machine's store may take before nothing more is applied.
+    points_seconds: between two looks at whether the config server has to hear of other points.
     scrub_bytes_per_second: of the newest point, re-read against its digests; 0: never.
     """
 
@@ -99,6 +100,7 @@ class ApplierConfig(DaemonConfig):
     wake_seconds: Positive = 1.0
     reask_seconds: Positive = 10.0
     gap_seconds_max: Positive = 900.0
+    points_seconds: Positive = 60.0
     scrub_bytes_per_second: Annotated[int, Field(ge=0)] = 8 * _MIB
     disk_bytes_max: Annotated[int, Field(ge=1)] = 64 << 40
     machine_space_bytes_max: Annotated[int, Field(ge=1)] | None = None

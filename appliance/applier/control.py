@@ -3,7 +3,8 @@
 Without a config server, from static configuration, none of this runs. While the config server is
 away, what it said last goes on to hold, also over a restart; a machine whose data key is not here
 yet waits for it. Points are deleted for machines that an assignment names in ``removed`` and for no
-others: one that is not named at all is left alone.
+others: one that is not named at all is left alone. Holds that are not named any more end, but for
+locks; an assignment of an older memory ends none.
 
 Source: docs/CONTROL.md §4, §5.
 """
@@ -13,11 +14,13 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from appliance.applier.config import ApplierConfig
 from appliance.applier.fleet import Fleet
+from appliance.applier.holding import Wish
 from appliance.applier.key_renewal import KeyRenewal
+from appliance.applier.point_lists import PointTeller, machines_with_points
 from appliance.applier.reporting import Reporter
 from appliance.applier.retention import RETENTION_SECONDS_MAX, RetentionPolicy
 from appliance.applier.target import Target
@@ -25,6 +28,7 @@ from daemon.control_client import ControlClient
 from daemon.data_key import read_data_key
 from daemon.service import Health, Service
 from replication.control.assignment import AppliedMachine, ApplierAssignment
+from replication.control.recovery import Hold
 from replication.control.report import ApplierReport
 from replication.errors import ConfigError, ReplicationError
 
@@ -35,6 +39,9 @@ DROP_AGAIN_SECONDS = 10.0
 """Between two looks at what has come into the cache for machines whose points are deleted: their
 process server may not have heard of it yet.
 """
+
+REFUSED_AGAIN_SECONDS = 10.0
+"""Between two attempts to remove points that are locked: nobody tells when a lock is over."""
 
 FETCHES_MAX = 2
 """Data keys that are asked for at once."""
@@ -59,17 +66,31 @@ async def follow(
 ) -> None:
     """Do as the config server says, and tell it how it goes, until ``service.stop``."""
     reporter = Reporter(config.store, fleet, service.health)
+    teller = PointTeller(
+        control, config.store, lambda: _machines(config, control), config.points_seconds
+    )
     orders = _Orders(control, fleet, config, service.health)
 
     async def report() -> ApplierReport:
-        return await reporter.report(control.version)
+        return await reporter.report(control.assignment)
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(control.run(report), name="control")
-        carrying_out = tasks.create_task(orders.carry_out(), name="orders")
+        ending = [
+            tasks.create_task(orders.carry_out(), name="orders"),
+            tasks.create_task(teller.run(), name="lists of points"),
+        ]
         async for assignment in control.assignments():
-            orders.take(assignment)
-        carrying_out.cancel()
+            orders.take(assignment, is_older=control.is_older_memory)
+        for task in ending:
+            task.cancel()
+
+
+def _machines(config: ApplierConfig, control: ControlClient[ApplierAssignment]) -> list[uuid.UUID]:
+    """Machines that the config server knows to be here, and of which there is something."""
+    found = control.assignment
+    known = {*found.removed, *(machine.id for machine in found.machines)} if found else set()
+    return machines_with_points(config.store, known)
 
 
 class _Orders:
@@ -87,19 +108,22 @@ class _Orders:
         self._config = config
         self._health = health
         self._newest: ApplierAssignment | None = None
+        self._is_older = False
         self._news = asyncio.Event()
         self._waiting: set[str] = set()
         self._fetches = asyncio.Semaphore(FETCHES_MAX)
         self._keys = KeyRenewal(control, fleet)
 
-    def take(self, assignment: ApplierAssignment) -> None:
+    def take(self, assignment: ApplierAssignment, *, is_older: bool) -> None:
+        """``is_older``: it is of an older memory."""
         self._newest = assignment
+        self._is_older = is_older
         self._news.set()
 
     async def carry_out(self) -> None:
         """Until cancelled."""
         done = True
-        drop_at = 0.0
+        drop_at = look_at = 0.0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RETRY_SECONDS):
@@ -107,9 +131,11 @@ class _Orders:
             if self._newest is None:
                 continue
             new_keys = await self._keys.renew(self._newest.version)
-            if self._news.is_set() or new_keys or not done:
+            over = bool(self._fleet.refused) and time.monotonic() >= look_at  # a lock, perhaps
+            if self._news.is_set() or new_keys or not done or over:
                 self._news.clear()
                 done = await self._follow(self._newest, new_keys)
+                look_at = time.monotonic() + REFUSED_AGAIN_SECONDS
             if time.monotonic() >= drop_at:
                 drop_at = time.monotonic() + DROP_AGAIN_SECONDS
                 await self._fleet.drop_again(self._fleet.removed)
@@ -125,12 +151,13 @@ class _Orders:
         }
         left = self._fleet.removed - removed - keys.keys()
         await self._fleet.drop_again(left)  # nobody looks at them any more
-        await self._fleet.follow(self._targets(assignment, keys), removed)
+        holds = {hold.id for hold in assignment.holds}
+        await self._fleet.follow(self._targets(assignment, keys), removed, holds)
         missing = [machine for machine in assignment.machines if keys[machine.id] is None]
         if missing:
             fetched = await asyncio.gather(*(self._fetch_key(machine) for machine in missing))
             keys |= {machine.id: key for machine, key in zip(missing, fetched, strict=True)}
-            await self._fleet.follow(self._targets(assignment, keys), removed)
+            await self._fleet.follow(self._targets(assignment, keys), removed, holds)
         without_key = {_part(one) for one in assignment.machines if keys[one.id] is None}
         for part in self._waiting - without_key:
             self._health.report(part)
@@ -138,7 +165,7 @@ class _Orders:
         for machine in removed & self._fleet.removed:
             await asyncio.to_thread(self._control.forget_data_key, machine)
         self._control.report_now()
-        return not without_key and removed <= self._fleet.removed
+        return not without_key and removed <= self._fleet.removed | self._fleet.refused
 
     def _kept_key(self, machine: uuid.UUID) -> bytes | None:
         """The data key, if it is here."""
@@ -162,13 +189,16 @@ class _Orders:
     def _targets(
         self, assignment: ApplierAssignment, keys: Mapping[uuid.UUID, bytes | None]
     ) -> list[Target]:
+        holds: dict[uuid.UUID, list[Hold]] = {}
+        for hold in assignment.holds:
+            holds.setdefault(hold.machine, []).append(hold)
         return [
-            self._target(machine, key)
+            self._target(machine, key, holds.get(machine.id, ()))
             for machine in assignment.machines
             if (key := keys[machine.id]) is not None
         ]
 
-    def _target(self, machine: AppliedMachine, key: bytes) -> Target:
+    def _target(self, machine: AppliedMachine, key: bytes, holds: Iterable[Hold]) -> Target:
         return Target(
             id=machine.id,
             name=machine.name or str(machine.id),
@@ -177,6 +207,7 @@ class _Orders:
             key_source=self._control.data_key_file(machine.id),
             apply=machine.apply,
             keep=machine.keep,
+            wish=Wish(tuple(holds), may_end=not self._is_older),
         )
 
 

@@ -2,17 +2,17 @@
 
 import asyncio
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import structlog
 
 from appliance.applier.machine import MachineApplier
-from appliance.applier.removal import drop_cached, remove_store
+from appliance.applier.removal import check_removable, drop_cached, remove_store
 from appliance.applier.settled import settled
 from appliance.applier.shared import Shared
 from appliance.applier.target import Target
-from replication.errors import ReplicationError
+from replication.errors import ConflictError, ReplicationError
 
 _log = structlog.get_logger()
 
@@ -31,6 +31,7 @@ class Fleet:
         self._tasks = tasks
         self._running: dict[uuid.UUID, _Running] = {}
         self._removed: set[uuid.UUID] = set()
+        self._refused: set[uuid.UUID] = set()
 
     @property
     def appliers(self) -> Mapping[uuid.UUID, MachineApplier]:
@@ -41,8 +42,19 @@ class Fleet:
         """Machines whose points are deleted, as was asked for."""
         return frozenset(self._removed)
 
-    async def follow(self, targets: Iterable[Target], removed: Iterable[uuid.UUID] = ()) -> None:
-        """Apply these from now on. The points of a machine go only if it is in ``removed``.
+    @property
+    def refused(self) -> frozenset[uuid.UUID]:
+        """Machines whose points stay although they were to be deleted: one is held or locked."""
+        return frozenset(self._refused)
+
+    async def follow(
+        self,
+        targets: Iterable[Target],
+        removed: Iterable[uuid.UUID] = (),
+        holds: Collection[uuid.UUID] = (),
+    ) -> None:
+        """Apply these from now on. The points of a machine go only if it is in ``removed``, and if
+        none of them is locked or held by one of ``holds``.
 
         A removal that fails is told in the health and tried again with the next call.
         """
@@ -50,8 +62,11 @@ class Fleet:
         for machine in self._running.keys() - wanted.keys():
             await self._stop(machine)
         self._removed &= set(removed)
+        for machine in self._refused - set(removed):
+            self._shared.health.report(_removal(machine))
+        self._refused &= set(removed)
         for machine in sorted(set(removed) - wanted.keys() - self._removed):
-            await self._remove(machine)
+            await self._remove(machine, holds)
         for machine, target in wanted.items():
             running = self._running.get(machine)
             if running is not None and running.applier.target.data_key != target.data_key:
@@ -81,14 +96,23 @@ class Fleet:
         await asyncio.wait([running.task])
         running.applier.leave()
 
-    async def _remove(self, machine: uuid.UUID) -> None:
-        part = f"removal of {machine}"
+    async def _remove(self, machine: uuid.UUID, holds: Collection[uuid.UUID]) -> None:
+        root = self._shared.config.store
+        self._refused.discard(machine)
         try:
+            await settled(check_removable, root, machine, holds)
             await drop_cached(self._shared.account, machine, self._shared.owner)
-            await settled(remove_store, self._shared.config.store, machine)
+            await settled(remove_store, root, machine, holds)
         except ReplicationError as error:
-            self._shared.health.report(part, warning=str(error))
+            if isinstance(error, ConflictError):
+                self._refused.add(machine)
+            self._shared.health.report(_removal(machine), warning=str(error))
             return
-        self._shared.health.report(part)
+        self._shared.health.report(_removal(machine))
         self._removed.add(machine)
         _log.info("removed", machine=str(machine))
+
+
+def _removal(machine: uuid.UUID) -> str:
+    """The part of the health that tells of it."""
+    return f"removal of {machine}"

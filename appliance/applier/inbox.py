@@ -29,6 +29,7 @@ from replication.cache_layout import (
     machine_prefix,
     manifest_name,
     manifest_number,
+    sums_container,
     sums_generation,
 )
 from replication.envelope import AttemptKey
@@ -148,6 +149,21 @@ class Inbox:
         """Drop what is not after ``head``."""
         self._seen = {stamp: seen for stamp, seen in self._seen.items() if stamp > head}
         self._opened = None
+
+    def passed(self, head: Stamp, *, sums_are_needed: bool) -> list[str]:
+        """Containers that nothing more can come into once ``head`` is applied."""
+        passed = [
+            name
+            for name in self.containers
+            if (last := container_last(name)) is not None and last < head
+        ]
+        passed += [
+            sums_container(self._machine, generation)
+            for generation in self.sums
+            if generation < head.generation
+            or (generation == head.generation and not sums_are_needed)
+        ]
+        return passed
 
     def take_faults(self) -> list[Fault]:
         """Each damaged manifest once for each time that it was put."""

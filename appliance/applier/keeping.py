@@ -1,19 +1,22 @@
-"""What a machine's store needs beside changesets: audits, repairs, thinning, a slow scrub.
+"""What a machine's store needs beside changesets: audits, repairs, holds, thinning, a slow scrub.
 
-All bounded and second to applying: thinning and scrub go on in the background. What is found wrong
+All bounded and second to applying: thinning and scrub go on in the background. So do holds, which
+must not wait for a cache that does not answer. What is found wrong
 goes into ``events.jsonl`` and ``repair.json`` of the machine's folder before anybody is told.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from appliance.applier.arrivals import Arrivals
 from appliance.applier.audit import Finding, audit_chunks, find_unreadable, read_blocks
 from appliance.applier.config import ApplierConfig
 from appliance.applier.event_record import EventRecord
+from appliance.applier.holding import Answer, Holder
 from appliance.applier.metrics import ApplierMetrics
 from appliance.applier.repair_book import RepairBook
 from appliance.applier.resync_record import ResyncRecord
@@ -34,6 +37,9 @@ BUSY_SECONDS = 60.0
 """Between two rounds while changesets come one after another."""
 
 IDLE_SECONDS = 2.0
+HOLD_SECONDS = 5.0
+"""Between two looks at holds when nothing has changed: for locks that end."""
+
 LONG_AUDIT_SECONDS = 0.5
 AUDIT_SHARE = 0.1
 """Audits that take long (a view of many layers) get this much of the time, not more."""
@@ -56,8 +62,11 @@ class Keeping:
         config: ApplierConfig,
         metrics: ApplierMetrics,
         target: Callable[[], Target],
+        on_answer: Callable[[], None],
     ) -> None:
-        """``target``: the machine, as it is wanted whenever it is asked for."""
+        """target:    the machine, as it is wanted whenever it is asked for.
+        on_answer: called when something became of a hold.
+        """
         self._store = store
         self._config = config
         self._metrics = metrics
@@ -82,6 +91,19 @@ class Keeping:
             default=0,
         )
         self._count()
+        self._holder = Holder(store)
+        self._on_answer = on_answer
+        self._news = asyncio.Event()
+        self._holding = asyncio.create_task(self._hold(), name=f"holds of {target().name}")
+
+    @property
+    def answers(self) -> Mapping[uuid.UUID, Answer]:
+        """What became of the holds that are wished for."""
+        return self._holder.answers
+
+    def look_at_holds(self) -> None:
+        """Others may be wished for now, or there may be another point."""
+        self._news.set()
 
     @property
     def restorable_ns(self) -> int:
@@ -129,6 +151,7 @@ class Keeping:
         """A changeset with this bookmark was sealed."""
         if bookmark.consistency.restorable:
             self._restorable_ns = bookmark.time_ns
+        self.look_at_holds()
 
     async def check(self, position: int, manifest: Manifest) -> None:
         """After a changeset was sealed: is it, with all below it, what the source had?"""
@@ -162,6 +185,8 @@ class Keeping:
 
     def tend(self, *, busy: bool) -> None:
         """Thin and scrub in the background, if it is time; raise what the last time failed of."""
+        if self._holding.done():
+            self._holding.result()
         if self._background is not None:
             if not self._background.done():
                 return
@@ -175,9 +200,25 @@ class Keeping:
 
     async def close(self) -> None:
         """Return when nothing works on the store in the background any more."""
-        if self._background is not None:
-            self._background.cancel()
-            await asyncio.wait([self._background])
+        tasks = [task for task in (self._holding, self._background) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+    async def _hold(self) -> None:
+        """Carry out what is wished for, until cancelled."""
+        while True:
+            self._news.clear()
+            wish = self._target().wish
+            if (
+                wish is not None
+                and not self._holder.is_settled(wish)
+                and await settled(self._holder.tend, wish, time.time_ns())
+            ):
+                self._on_answer()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HOLD_SECONDS):
+                    await self._news.wait()
 
     async def _tend(self, now: float) -> None:
         target = self._target()

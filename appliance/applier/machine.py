@@ -8,12 +8,14 @@ lost at any moment and is found again.
 import asyncio
 import contextlib
 import time
+import uuid
 from collections.abc import Mapping
 
 import structlog
 
 from appliance.applier.apply import Faults, Found, LayerFiller, Opened, fill_layer, find_segments
 from appliance.applier.asking import Asking
+from appliance.applier.holding import Answer
 from appliance.applier.inbox import Inbox
 from appliance.applier.keeping import Keeping
 from appliance.applier.lease import MachineLease, Ownership
@@ -26,7 +28,7 @@ from appliance.applier.sums_publisher import SumsPublisher
 from appliance.applier.target import Target
 from appliance.applier.watermark_blob import WatermarkBlob
 from replication.bookmark import NOTHING, Stamp
-from replication.cache_layout import container_last, manifest_name, sums_container
+from replication.cache_layout import manifest_name
 from replication.control.report import ResyncCause
 from replication.errors import PeerError, ReplicationError, StorageError, UnavailableError
 from replication.manifest import NO_BASIS
@@ -59,6 +61,7 @@ class MachineApplier:
         self._watermark_key = WatermarkKey(target.data_key, target.id)
         self.lost = ""
         self.open_repairs = 0
+        self._keeping: Keeping | None = None
         self._sums: SumsPublisher | None = None
         self._asking = Asking(shared.config.reask_seconds, shared.config.gap_seconds_max)
         self._bad: dict[str, str] = {}
@@ -77,8 +80,14 @@ class MachineApplier:
         return self._target
 
     @property
-    def _part(self) -> str:
+    def part(self) -> str:
+        """The part of the daemon's health that tells of the machine."""
         return f"machine {self._target.name}"
+
+    @property
+    def answers(self) -> Mapping[uuid.UUID, Answer] | None:
+        """What became of its holds; None while its store is not open."""
+        return self._keeping.answers if self._keeping is not None else None
 
     def follow(self, target: Target) -> None:
         """Go on as ``target`` says, which is the same machine with the same data key."""
@@ -86,11 +95,13 @@ class MachineApplier:
         if target.name != self._target.name:
             self.leave()
         self._target = target
+        if self._keeping is not None:
+            self._keeping.look_at_holds()
         self.wake()
 
     def leave(self) -> None:
         """Say nothing more of the machine: it has another name now, or it is gone."""
-        self._shared.health.report(self._part)
+        self._shared.health.report(self.part)
         self._shared.metrics.forget(self._target.name)
 
     def wake(self) -> None:
@@ -120,7 +131,7 @@ class MachineApplier:
             taken = self._lease.ownership is Ownership.TAKEN
             self._count_lease()
             self._shared.health.report(
-                self._part, warning="another applier owns the machine; waiting" if taken else ""
+                self.part, warning="another applier owns the machine; waiting" if taken else ""
             )
             await self._pause(REOPEN_SECONDS)
 
@@ -132,16 +143,17 @@ class MachineApplier:
                 MachineStore.open, shared.config.store, machine.id, name=machine.name
             )
         except UnavailableError as error:
-            shared.health.report(self._part, warning=str(error))
+            shared.health.report(self.part, warning=str(error))
             await self._pause(REOPEN_SECONDS)
             return
         except ReplicationError as error:
-            shared.health.report(self._part, critical=f"the store cannot be opened: {error}")
+            shared.health.report(self.part, critical=f"the store cannot be opened: {error}")
             await self._pause(REOPEN_SECONDS)
             return
-        keeping: Keeping | None = None
         try:
-            keeping = Keeping(store, shared.config, shared.metrics, lambda: self._target)
+            keeping = self._keeping = Keeping(
+                store, shared.config, shared.metrics, lambda: self._target, shared.report_now
+            )
             self._sums = SumsPublisher(
                 store,
                 shared.account,
@@ -160,11 +172,12 @@ class MachineApplier:
                     await self._pause(self._shared.config.sweep_seconds)
         except ReplicationError as error:
             _log.error("the store failed", machine=machine.name, error=str(error))
-            shared.health.report(self._part, critical=str(error))
+            shared.health.report(self.part, critical=str(error))
             await self._pause(REOPEN_SECONDS)
         finally:
-            if keeping is not None:
-                await keeping.close()
+            closing, self._keeping = self._keeping, None
+            if closing is not None:
+                await closing.close()
             await settled(store.close)
 
     async def _turn(self, store: MachineStore, keeping: Keeping) -> bool:
@@ -268,7 +281,7 @@ class MachineApplier:
         self._bad.clear()
         self._malformed.clear()
         self.inbox.forget(manifest.stamp)
-        self._count_applied(opened)
+        self._shared.metrics.count_applied(self._target.name, manifest)
         keeping.take_note(manifest.bookmark)
         await self._say(store, keeping)
         await keeping.check(position, manifest)
@@ -332,19 +345,9 @@ class MachineApplier:
         head = _head(store)
         if not self._watermark.is_put:
             return
-        passed = [
-            name
-            for name in self.inbox.containers
-            if (last := container_last(name)) is not None and last < head
-        ]
         needed = self._sums is not None and self._sums.is_needed
-        passed += [
-            sums_container(self._target.id, generation)
-            for generation in self.inbox.sums
-            if generation < head.generation or (generation == head.generation and not needed)
-        ]
         self._undropped = ""
-        for name in passed[:DROPS_MAX]:
+        for name in self.inbox.passed(head, sums_are_needed=needed)[:DROPS_MAX]:
             try:
                 await self._shared.account.drop(name)
             except StorageError as error:  # a lease or a policy: applying goes on all the same
@@ -368,21 +371,13 @@ class MachineApplier:
         if self.open_repairs:
             told.append(f"{self.open_repairs} runs of blocks need repair by the source")
         self._shared.health.report(
-            self._part,
+            self.part,
             warning="; ".join(told),
             critical=f"only a resync helps: {self.lost}" if self.lost else self._too_large,
         )
-        name, metrics = self._target.name, self._shared.metrics
-        metrics.wanted_blobs.labels(name).set(len(self._asking.names))
-        newest = self.inbox.newest
-        behind = newest.number - (head.number if newest.generation == head.generation else 0)
-        metrics.lag_changesets.labels(name).set(behind if newest > head else 0)
-
-    def _count_applied(self, opened: Opened) -> None:
-        name, metrics = self._target.name, self._shared.metrics
-        metrics.changesets.labels(name).inc()
-        metrics.sent_bytes.labels(name).inc(opened.manifest.sent_bytes)
-        metrics.changed_bytes.labels(name).inc(opened.manifest.changed_bytes)
+        wanted, newest = len(self._asking.names), self.inbox.newest
+        name = self._target.name
+        self._shared.metrics.tell_waiting(name, wanted=wanted, newest=newest, head=head)
 
     def _count_lease(self) -> None:
         held = self._lease.ownership is Ownership.OURS

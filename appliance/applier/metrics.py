@@ -4,6 +4,9 @@ import contextlib
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from replication.bookmark import Stamp
+from replication.manifest import Manifest
+
 _BY_MACHINE = ("machine",)
 
 
@@ -35,6 +38,17 @@ class ApplierMetrics:
         self.repair_runs = gauge("repair_runs", "Runs of blocks that the source must send again")
         self.lease_held = gauge("lease_held", "1 while this applier owns the machine")
         self.scrubbed_bytes = counter("scrubbed_bytes", "Bytes re-read against their digests")
+
+    def count_applied(self, name: str, manifest: Manifest) -> None:
+        self.changesets.labels(name).inc()
+        self.sent_bytes.labels(name).inc(manifest.sent_bytes)
+        self.changed_bytes.labels(name).inc(manifest.changed_bytes)
+
+    def tell_waiting(self, name: str, *, wanted: int, newest: Stamp, head: Stamp) -> None:
+        """How many blobs are asked for, and how far what is applied is behind what is there."""
+        self.wanted_blobs.labels(name).set(wanted)
+        behind = newest.number - (head.number if newest.generation == head.generation else 0)
+        self.lag_changesets.labels(name).set(behind if newest > head else 0)
 
     def forget(self, name: str) -> None:
         """Tell nothing more of a machine that is called otherwise now, or is gone."""

@@ -1,9 +1,10 @@
 """Every point of every machine as read-only files, without copying.
 
 ``<mount>/<machine>/<point>/disk0.img`` is a disk at that point, ``point.json`` beside it says what
-it is, and ``<mount>/<machine>/latest`` leads to the newest point. A block that is not what its
-digest says is an I/O error for the reader and a line in the log. Reading runs in threads: reads
-and digests leave the interpreter to others.
+it is, and ``<mount>/<machine>/latest`` leads to the newest point. A machine's id leads to its
+folder as well, whatever people call it: it is not listed, and no new name changes it. A block that
+is not what its digest says is an I/O error for the reader and a line in the log. Reading runs in
+threads: reads and digests leave the interpreter to others.
 
 Source: docs/STORE.md §7.
 """
@@ -17,7 +18,6 @@ import logging
 import os
 import signal
 import stat
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,6 +27,7 @@ import pyfuse3
 import pyfuse3.asyncio
 import structlog
 
+from appliance.applier.points_mount import READ_BYTES_MAX, read_ahead, unmount_stale
 from appliance.applier.store.export import export
 from appliance.applier.store.point_names import (
     LATEST,
@@ -40,7 +41,6 @@ from daemon.durable import make_folder
 from replication.errors import (
     ConfigError,
     IntegrityError,
-    ReplicationError,
     StorageError,
     UnavailableError,
 )
@@ -55,13 +55,14 @@ if TYPE_CHECKING:
 
 __all__ = ["export", "serve_points"]
 
-READ_BYTES_MAX = 1 << 20
 READ_THREADS = 4
 INLINE_BYTES_MAX = 16 << 10
 """Reads up to this are done at once: handing them to a thread costs more than they do."""
 TASKS_MAX = 32
 FOLDER_SECONDS = 1.0
 """How long the kernel may believe a listing; files never change, so those it may keep."""
+MISS_SECONDS = 0.1
+"""How old a listing is at least before a name that it lacks is looked for anew."""
 FILE_SECONDS = 300.0
 LOOK_SECONDS = 2.0
 """Between two looks for views that nobody reads, or whose machine is gone."""
@@ -107,13 +108,12 @@ class PointsTree(pyfuse3.Operations):
         self._log = structlog.get_logger()
 
     async def lookup(self, parent_inode: int, name: bytes, _ctx: Any = None) -> Any:
-        wanted = os.fsdecode(name)
-        for found, node in await self._call(self._children, self._node(parent_inode)):
-            if found == wanted:
-                inode = self._inode(node)
-                self._lookups[inode] = self._lookups.get(inode, 0) + 1
-                return await self._attributes(inode)
-        raise pyfuse3.FUSEError(errno.ENOENT)
+        node = await self._call(self._child, self._node(parent_inode), os.fsdecode(name))
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        inode = self._inode(node)
+        self._lookups[inode] = self._lookups.get(inode, 0) + 1
+        return await self._attributes(inode)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for inode, count in inode_list:
@@ -227,6 +227,34 @@ class PointsTree(pyfuse3.Operations):
         files = [(disk_name(s.index), replace(node, disk=s.index)) for s in point.disks]
         return [*files, (_DESCRIPTION, replace(node, disk=-1))]
 
+    def _child(self, parent: Node, name: str) -> Node | None:
+        """By its name; what a listing does not have is looked for anew, it may have just come."""
+        found = self._find(parent, name)
+        if found is None and parent.position is None:
+            self._forget_old_listings()
+            found = self._find(parent, name)
+        return found
+
+    def _find(self, parent: Node, name: str) -> Node | None:
+        if parent.machine is None:
+            return Node(name) if self._store_of(name) is not None else None
+        return dict(self._children(parent)).get(name)
+
+    def _forget_old_listings(self) -> None:
+        """Unless they are just made: a name that is nowhere costs no more than a few looks."""
+        newest = time.monotonic() + FOLDER_SECONDS - MISS_SECONDS
+        if self._listed_machines[0] < newest:
+            self._listed_machines = (0.0, {})
+        for machine, (until, _) in list(self._listed_points.items()):
+            if until < newest:
+                self._listed_points.pop(machine, None)
+
+    def _store_of(self, name: str | None) -> ReaderStore | None:
+        """The machine with that folder, or with that id."""
+        machines = self._machines()
+        found = machines.get(name or "")
+        return found or next((one for one in machines.values() if str(one.machine) == name), None)
+
     def _machines(self) -> dict[str, ReaderStore]:
         until, machines = self._listed_machines
         if time.monotonic() >= until:
@@ -236,7 +264,7 @@ class PointsTree(pyfuse3.Operations):
 
     def _listed(self, machine: str | None) -> tuple[ReaderStore, dict[int, Point]]:
         """A machine's points, at most FOLDER_SECONDS old; opening a file looks anew."""
-        store = self._machines().get(machine or "")
+        store = self._store_of(machine)
         if store is None:
             raise ConfigError(f"the store holds no machine called {machine}")
         until, points = self._listed_points.get(store.machine, (0.0, {}))
@@ -353,39 +381,10 @@ async def _serve(tree: PointsTree, mountpoint: str) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, pyfuse3.terminate)
     idle = asyncio.create_task(tree.close_idle_views(), name="idle views")
-    ahead = asyncio.create_task(asyncio.to_thread(_read_ahead, mountpoint), name="read-ahead")
+    ahead = asyncio.create_task(asyncio.to_thread(read_ahead, mountpoint), name="read-ahead")
     try:
         with contextlib.suppress(pyfuse3.asyncio.ClosedResourceError):
             await pyfuse3.main(min_tasks=2, max_tasks=TASKS_MAX)
     finally:
         idle.cancel()
         await asyncio.gather(idle, ahead, return_exceptions=True)
-
-
-def _read_ahead(mountpoint: str) -> None:
-    """Ask the kernel for whole reads of READ_BYTES_MAX; without the right to, it is only slower."""
-    device = os.stat(mountpoint).st_dev
-    path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
-    try:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(str(READ_BYTES_MAX >> 10))
-    except OSError as error:
-        structlog.get_logger().warning("read-ahead unchanged", path=path, reason=str(error))
-
-
-def unmount_stale(mountpoint: str) -> None:
-    """Remove the mount of a process that is gone: its folder answers ENOTCONN."""
-    try:
-        os.stat(mountpoint)
-    except OSError as error:
-        if error.errno != errno.ENOTCONN:
-            return
-        try:
-            subprocess.run(
-                ["fusermount3", "-u", "-z", mountpoint], check=True, capture_output=True, timeout=10
-            )
-        except (OSError, subprocess.SubprocessError) as failure:
-            raise ReplicationError(
-                f"cannot remove the stale mount at {mountpoint}: {failure}",
-                hint=f"run: umount -l {mountpoint}",
-            ) from failure

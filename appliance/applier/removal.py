@@ -1,32 +1,56 @@
 """The end of a machine at the second site: its store goes, and what waits for it in the cache.
 
-A rename takes the store's folder away from its name; from then on it is removed for whoever looks,
-and what is left of the files goes file by file. A crash before the rename leaves the whole store,
-and whoever asked asks again; a crash after it leaves a folder that the next start clears away.
+Nothing goes while a point is held or locked. A rename takes the store's folder away from its name;
+from then on it is removed for whoever looks, and what is left of the files goes file by file. A
+crash before the rename leaves the whole store, and whoever asked asks again; a crash after it
+leaves a folder that the next start clears away.
 """
 
 import contextlib
+import datetime as dt
 import os
 import secrets
 import shutil
+import time
 import uuid
+from collections.abc import Collection
 
 import structlog
 
 from appliance.applier.cache_account import CacheAccount
+from appliance.applier.store.holds import read_holds
 from appliance.applier.store.reader_store import machine_folder
 from daemon.durable import storage_error, sync_folder
 from daemon.folder_lock import FolderLock
 from replication.cache_layout import lease_name, machine_prefix
-from replication.errors import StorageError, UnavailableError
+from replication.errors import ConflictError, StorageError, UnavailableError
 
 REMOVED_PREFIX = ".removed-"
 
 
-def remove_store(root: str, machine: uuid.UUID) -> None:
+def check_removable(root: str, machine: uuid.UUID, wanted: Collection[uuid.UUID] = ()) -> None:
+    """Raise ConflictError while a point of the machine is locked, or held by one of ``wanted``."""
+    now_ns = time.time_ns()
+    holds = read_holds(machine_folder(root, machine))
+    until_ns = max((held.until_ns for held in holds), default=0)
+    if until_ns > now_ns:
+        until = dt.datetime.fromtimestamp(until_ns / 1e9, dt.UTC)
+        raise ConflictError(
+            f"the points of machine {machine} stay: one is locked until {until:%Y-%m-%dT%H:%M:%SZ}",
+            hint="they are removed when the lock is over",
+        )
+    if any(held.id in wanted for held in holds):
+        raise ConflictError(
+            f"the points of machine {machine} stay: one is held",
+            hint="they are removed when nothing that was made from it needs it any more",
+        )
+
+
+def remove_store(root: str, machine: uuid.UUID, wanted: Collection[uuid.UUID] = ()) -> None:
     """Remove all of a machine's store, durably; fine if there is none.
 
-    Raises UnavailableError while another process has it open, StorageError.
+    Raises ConflictError as `check_removable` does, UnavailableError while another process has it
+    open, StorageError.
     """
     folder = machine_folder(root, machine)
     machines = os.path.dirname(folder)
@@ -36,6 +60,7 @@ def remove_store(root: str, machine: uuid.UUID) -> None:
             hint="it is removed when that one ends",
         )
         with FolderLock(folder, in_use):
+            check_removable(root, machine, wanted)
             try:
                 gone = f"{REMOVED_PREFIX}{machine}-{secrets.token_hex(4)}"
                 os.rename(folder, os.path.join(machines, gone))

@@ -19,7 +19,7 @@ from daemon.config import Section
 from replication.bookmark import Consistency
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 HOUR_SECONDS = 3600
 DAY_SECONDS = 24 * HOUR_SECONDS
@@ -62,12 +62,26 @@ class Candidate:
     consistency: Consistency
 
 
-def kept(points: Sequence[Candidate], now_ns: int, policy: RetentionPolicy) -> set[int]:
-    """The positions to keep; the newest restorable one is always among them.
+def kept(
+    points: Sequence[Candidate],
+    now_ns: int,
+    policy: RetentionPolicy,
+    held: Collection[int] = (),
+) -> set[int]:
+    """The positions to keep; the newest restorable one is always among them, and what is ``held``.
 
     Points whose time lies in the future count as new, so that a clock that once was wrong does
     not age all others. Positions without consistency are never kept.
     """
+    chosen = _kept_by(points, now_ns, policy)
+    return chosen | {
+        point.position
+        for point in points
+        if point.position in held and point.consistency.restorable
+    }
+
+
+def _kept_by(points: Sequence[Candidate], now_ns: int, policy: RetentionPolicy) -> set[int]:
     restorable = [point for point in points if point.consistency.restorable]
     if not restorable:
         return set()

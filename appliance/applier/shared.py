@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ class Shared:
     owner: the lease id of this applier.
     slots: changesets that may be applied at once.
     pool:  the threads that open frames.
+    report_now: lets the config server, if there is one, hear at once of what has changed.
     """
 
     config: ApplierConfig
@@ -29,3 +31,4 @@ class Shared:
     pool: Executor
     health: Health
     metrics: ApplierMetrics
+    report_now: Callable[[], None]

@@ -3,6 +3,7 @@
 import uuid
 from dataclasses import dataclass, field
 
+from appliance.applier.holding import Wish
 from appliance.applier.retention import RetentionPolicy
 
 
@@ -15,6 +16,7 @@ class Target:
     apply:      False: what is in the cache stays there.
     keep:       False: its protection has ended, and its points stay as they are: nothing is
                 applied, and none is ever thinned.
+    wish:       points that are to be held; None where nobody says it: what is held stays so.
     """
 
     id: uuid.UUID
@@ -24,6 +26,7 @@ class Target:
     key_source: str
     apply: bool = True
     keep: bool = True
+    wish: Wish | None = None
 
     @property
     def is_applied(self) -> bool:

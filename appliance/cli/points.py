@@ -3,17 +3,30 @@
 import time
 from typing import Any
 
+import typer
+
 from appliance.applier.store import Point
+from appliance.applier.store.holds import Mark, marks_of, read_holds
 from appliance.applier.store.point_names import point_name
+from appliance.applier.store.reader_store import recovery_points
 from appliance.cli.output import AsJson, Column, instant, mebibytes, print_rows, seconds_ago
 from appliance.cli.store_choice import Machine, Store, find_machine
+from replication.errors import IntegrityError
 
 
 def points(machine: Machine, *, store: Store = None, as_json: AsJson = False) -> None:
     """List a machine's recovery points, oldest first."""
     reader = find_machine(store, machine)
+    chain = reader.chain()
+    try:
+        holds = read_holds(reader.folder)
+    except IntegrityError as error:  # the points are needed all the more
+        typer.echo(f"which of them are held cannot be told: {error}", err=True)
+        holds = ()
+    found = recovery_points(chain)
+    marks = marks_of(found, holds, time.time_ns())
     print_rows(
-        [_row(point) for point in reader.points()],
+        [_row(point, marks.get(point.position, Mark())) for point in found],
         (
             Column("point", "point"),
             Column("age", "age_seconds", seconds_ago, right=True),
@@ -21,6 +34,7 @@ def points(machine: Machine, *, store: Store = None, as_json: AsJson = False) ->
             Column("changed", "changed_bytes", mebibytes, right=True),
             Column("changeset", "changeset", right=True),
             Column("verified", "verified_ns", instant),
+            Column("kept", "kept"),
             Column("note", "reason", wraps=True),
         ),
         as_json=as_json,
@@ -28,8 +42,11 @@ def points(machine: Machine, *, store: Store = None, as_json: AsJson = False) ->
     )
 
 
-def _row(point: Point) -> dict[str, Any]:
+def _row(point: Point, mark: Mark) -> dict[str, Any]:
     bookmark = point.bookmark
+    kept = ["held"] if mark.held else []
+    if mark.locked_until_ns:
+        kept.append(f"locked until {instant(mark.locked_until_ns)}")
     return {
         "point": point_name(point),
         "position": point.position,
@@ -40,6 +57,9 @@ def _row(point: Point) -> dict[str, Any]:
         "changed_bytes": point.changed_bytes,
         "changeset": str(bookmark.stamp),
         "verified_ns": point.verified_ns,
+        "held": mark.held,
+        "locked_until_ns": mark.locked_until_ns or None,
+        "kept": ", ".join(kept),
         "disks": [
             {"disk": disk.index, "name": disk.name, "size_bytes": disk.size_bytes}
             for disk in point.disks

@@ -9,6 +9,7 @@ merely counted up past the highest one confirms nothing.
 Source: docs/CONTROL.md §4.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
@@ -23,6 +24,7 @@ from replication.control.assignment import (
     ProcessServerAssignment,
 )
 from replication.control.message import Message
+from replication.control.recovery import HOLDS_MAX, Hold
 
 RESTORED_STEP = 1 << 32
 """By so much a confirmation raises the versions of all nodes."""
@@ -62,7 +64,7 @@ def without_losses(assignment: A, before: A | None) -> A:
     """``assignment`` but for what destroys; ``before``: what is followed now, if it is known.
 
     An agent goes on as before when it is told to forget; a process server and an applier let go of
-    nothing, a certificate that is revoked stays so, and points are thinned no sooner.
+    nothing, a certificate that is revoked stays so, points are thinned no sooner, and holds stay.
     """
     kept: NodeAssignment
     match assignment, before:
@@ -98,7 +100,18 @@ def _process_server(
 def _applier(newer: ApplierAssignment, before: ApplierAssignment | None) -> ApplierAssignment:
     known = {machine.id: machine for machine in before.machines} if before else {}
     machines = tuple(_no_sooner(each, known.get(each.id)) for each in newer.machines)
-    return newer.model_copy(update={"removed": (), "machines": machines})
+    holds = _holds(newer.holds, before.holds if before else ())
+    return newer.model_copy(update={"removed": (), "machines": machines, "holds": holds})
+
+
+def _holds(newer: Iterable[Hold], before: Iterable[Hold]) -> tuple[Hold, ...]:
+    kept = {hold.id: hold for hold in before}
+    named = []
+    for hold in newer:
+        known = kept.pop(hold.id, hold)
+        until_ns = max(hold.until_ns, known.until_ns)
+        named.append(hold.model_copy(update={"until_ns": until_ns}))
+    return (*named, *kept.values())[:HOLDS_MAX]  # the applier lets go of none of the others
 
 
 def _no_sooner(newer: AppliedMachine, before: AppliedMachine | None) -> AppliedMachine:

@@ -39,7 +39,7 @@ class Hold(Message):
     """A point that stays, whatever retention says, for as long as this is in the assignment.
 
     choice:   a `PointChoice` or a point's name; resolved once, at the first moment that it can be.
-    generation, number: nothing older is chosen; 0 and 0: whatever there is.
+    generation, number: of LATEST: nothing older is chosen; 0 and 0: whatever there is.
     until_ns: it stays at least so long, also when nobody asks for it any more (a lock); 0: no lock.
     """
 

@@ -122,6 +122,10 @@ class Catalogue:
                 hint=REBUILD_HINT,
             )
 
+    @property
+    def machine(self) -> uuid.UUID:
+        return uuid.UUID(self._run("SELECT machine FROM machine").fetchone()[0])
+
     def chain(self) -> Chain:
         with self._transaction():
             machine, name, base_position, folding_to = self._run(

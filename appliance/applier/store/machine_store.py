@@ -22,6 +22,7 @@ from appliance.applier.store.base_image import NAMES, check_base, check_bases
 from appliance.applier.store.base_record import BaseRecord
 from appliance.applier.store.extents import overlay
 from appliance.applier.store.healing import heal
+from appliance.applier.store.holds import HoldBook
 from appliance.applier.store.layer_reader import Layer
 from appliance.applier.store.layer_writer import LayerFile, LayerWriter
 from appliance.applier.store.merge import MERGE_LAYERS_MAX, merge_layers
@@ -69,6 +70,7 @@ class MachineStore:
         self._catalogue = catalogue
         self._sealing = threading.Lock()
         self._maintaining = threading.Lock()
+        self.holds = HoldBook(self.folder)
 
     @classmethod
     def open(cls, root: str, machine: uuid.UUID, *, name: str = "") -> MachineStore:
@@ -98,13 +100,13 @@ class MachineStore:
             catalogue = open_catalogue(folder, machine, name, rebuild=rebuild)
             try:
                 recover(folder, catalogue)
+                return cls(root, machine, lock, catalogue)
             except BaseException:
                 catalogue.close()
                 raise
         except BaseException:
             lock.close()
             raise
-        return cls(root, machine, lock, catalogue)
 
     @property
     def head(self) -> Head | None:
@@ -212,7 +214,8 @@ class MachineStore:
         """Make one layer of those that cover ``first`` to ``last``; return its size in bytes.
 
         Positions within are gone afterwards; open views of them stay readable. Raises ConfigError
-        when no layers begin and end there, IntegrityError when one is unusable.
+        when no layers begin and end there, IntegrityError when one is unusable, UnavailableError
+        when one of those positions is held.
         """
         with self._maintaining:
             chain = self.chain()
@@ -231,21 +234,25 @@ class MachineStore:
             return self._merge(rows)
 
     def _merge(self, rows: Sequence[LayerRow]) -> int:
-        name = f"layers/{rows[0].first:012d}-{rows[-1].last:012d}.layer"
+        first, last = rows[0].first, rows[-1].last
+        self.holds.check_free(self.chain, first, last)
         incoming = self._incoming()
-        with contextlib.ExitStack() as stack:
-            layers = [stack.enter_context(self._open_layer(row)) for row in rows]
-            target = LayerFile(incoming)
-            stack.callback(target.close)
-            try:
+        try:
+            with contextlib.ExitStack() as stack:
+                layers = [stack.enter_context(self._open_layer(row)) for row in rows]
+                target = LayerFile(incoming)
+                stack.callback(target.close)
+                name = f"layers/{first:012d}-{last:012d}.layer"
                 header, changed_bytes, damages = merge_layers(layers, target, name)
-            except BaseException:
-                with contextlib.suppress(OSError):  # what stays is removed at the next open
-                    os.unlink(incoming)
-                raise
-        file, size_bytes = rename_into_layers(self.folder, incoming, header)
-        row = LayerRow(header.first, header.last, file, size_bytes, header.extent_count)
-        self._catalogue.replace(row, changed_bytes, damages)
+            with self.holds.deciding():
+                self.holds.check_free(self.chain, first, last)
+                file, size_bytes = rename_into_layers(self.folder, incoming, header)
+                row = LayerRow(first, last, file, size_bytes, header.extent_count)
+                self._catalogue.replace(row, changed_bytes, damages)
+        except BaseException:
+            with contextlib.suppress(OSError):  # what stays is removed at the next open
+                os.unlink(incoming)
+            raise
         for gone in rows:
             self._remove(gone.file)
         return size_bytes
@@ -253,8 +260,8 @@ class MachineStore:
     def fold_to(self, position: int) -> int:
         """Move the base up to ``position``, a layer's end; return the bytes folded.
 
-        Points before it are gone afterwards. Raises UnavailableError while a reader holds one of
-        them, IntegrityError when a layer is unusable.
+        Points before it are gone afterwards. Raises UnavailableError while one of them is held or
+        being read, IntegrityError when a layer is unusable.
         """
         folded_bytes = 0
         with self._maintaining:
@@ -270,7 +277,9 @@ class MachineStore:
     def _fold(self, row: LayerRow) -> None:
         if not has_begun_fold(self.folder, row.last):
             # Intent, then pins: a reader pins, then looks for intents, so one sees the other.
-            self._catalogue.intend_fold(row.last)
+            with self.holds.deciding():
+                self.holds.check_free(self.chain, 0, row.last)
+                self._catalogue.intend_fold(row.last)
             try:
                 self._check_pins(row.last)
                 check_bases(self.folder, BaseRecord.read(self.folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import uuid
 from typing import TYPE_CHECKING
 
 from appliance.applier.store.layer_format import shapes_to_json
@@ -46,12 +47,19 @@ def describe_point(store: ReaderStore, point: Point) -> bytes:
 
 
 def machine_names(root: str) -> dict[str, ReaderStore]:
-    """Folder name of each machine: its own name where that is unique and a file name."""
+    """Folder name of each machine: its own name where that is unique, a file name and no id."""
     stores = [ReaderStore(root, machine) for machine in machines_in(root)]
     names = [store.name for store in stores]
     found = {}
     for store, name in zip(stores, names, strict=True):
         usable = 0 < len(name.encode()) <= 255 and "/" not in name and not name.startswith(".")
-        unique = usable and names.count(name) == 1
+        unique = usable and names.count(name) == 1 and not _is_id(name)
         found[name if unique else str(store.machine)] = store
     return found
+
+
+def _is_id(name: str) -> bool:
+    try:
+        return bool(uuid.UUID(name))
+    except ValueError:
+        return False

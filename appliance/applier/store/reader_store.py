@@ -74,13 +74,7 @@ class ReaderStore:
 
     def points(self) -> list[Point]:
         """Recovery points, oldest first: positions that a machine can be restored to."""
-        chain = self.chain()
-        floor = chain.folding_to or 0
-        return [
-            point
-            for point in chain.points
-            if point.bookmark.consistency.restorable and point.position >= floor
-        ]
+        return recovery_points(self.chain())
 
     def damages(self) -> list[Damage]:
         with reading(os.path.join(self.folder, "catalogue.sqlite")) as catalogue:
@@ -157,6 +151,16 @@ class ReaderStore:
             if base is not None:
                 base.close()
             raise
+
+
+def recovery_points(chain: Chain) -> list[Point]:
+    """Positions that a machine can be restored to, oldest first."""
+    floor = chain.folding_to or 0
+    return [
+        point
+        for point in chain.points
+        if point.bookmark.consistency.restorable and point.position >= floor
+    ]
 
 
 def open_reader(root: str, machine: uuid.UUID) -> ReaderStore:

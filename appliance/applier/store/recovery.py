@@ -8,21 +8,25 @@ from __future__ import annotations
 import os
 import re
 import time
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
+from appliance.applier.store.adoption import LayerName, best_way
 from appliance.applier.store.base_image import base_sizes, check_bases
 from appliance.applier.store.base_record import BaseRecord
 from appliance.applier.store.catalogue import REBUILD_HINT, Catalogue, Chain
 from appliance.applier.store.fold import fold_layer
+from appliance.applier.store.holds import read_holds
 from appliance.applier.store.layer_reader import Layer
 from appliance.applier.store.model import Damage, LayerRow, Point
 from daemon.durable import storage_error, sync_folder
 from replication.block_set import BLOCK_BYTES
-from replication.bookmark import Stamp
+from replication.bookmark import NOTHING, Stamp
 from replication.errors import IntegrityError
 
 if TYPE_CHECKING:
     import uuid
+    from collections.abc import Sequence
 
     from appliance.applier.store.layer_format import LayerHeader
 
@@ -154,29 +158,58 @@ def rename_into_layers(folder: str, path: str, header: LayerHeader) -> tuple[str
 
 def _adopt(folder: str, catalogue: Catalogue) -> None:
     """Add the layers that follow the head: sealed, but the catalogue never heard of them."""
+    newest = catalogue.newest()
+    held = {one.position for one in read_holds(folder)}
+    left = _layer_names(folder)
+    found: dict[LayerName, tuple[LayerRow, Point]] = {}
     while True:
-        newest = catalogue.newest()
-        position = newest.position if newest else 0
-        parent = newest.bookmark.stamp if newest else Stamp(0, 0)
-        for first, _, name in sorted(_layer_names(folder), key=lambda found: -found[1]):
-            path = os.path.join(folder, "layers", name)
-            if first == position + 1 and _adopt_one(catalogue, path, name, parent):
-                break
-        else:
-            return
+        way = best_way(left, newest.position if newest else 0, held)
+        wrong = _first_wrong(folder, catalogue.machine, newest, way, found)
+        if wrong is None:
+            break
+        left.remove(wrong)
+    for name in way:
+        catalogue.add(*found[name])
 
 
-def _adopt_one(catalogue: Catalogue, path: str, name: str, parent: Stamp) -> bool:
+def _first_wrong(
+    folder: str,
+    machine: uuid.UUID,
+    newest: Point | None,
+    way: Sequence[LayerName],
+    found: dict[LayerName, tuple[LayerRow, Point]],
+) -> LayerName | None:
+    """The first layer of ``way`` that is not what its name says, or does not follow.
+
+    ``found``: what those are that were looked at.
+    """
+    parent = newest.bookmark.stamp if newest else NOTHING
+    for name in way:
+        if name not in found:
+            read = _read_layer(folder, machine, name, parent)
+            if read is None:
+                return name
+            found[name] = read
+        parent = found[name][1].bookmark.stamp
+    return None
+
+
+def _read_layer(
+    folder: str, machine: uuid.UUID, name: LayerName, parent: Stamp
+) -> tuple[LayerRow, Point] | None:
+    file = f"layers/{name.file}"
+    path = os.path.join(folder, file)
     try:
         with Layer.open(path) as layer:
             header = layer.header
-            if header.parent != parent or header.machine != catalogue.chain().machine:
-                return False
+            covered = (header.first, header.last)
+            if (header.machine, header.parent, covered) != (machine, parent, astuple(name)):
+                return None
             extents = layer.check_whole()
     except IntegrityError:
-        return False  # it was never acknowledged; the changeset is applied again
-    catalogue.add(
-        LayerRow(header.first, header.last, f"layers/{name}", os.stat(path).st_size, len(extents)),
+        return None  # it was never acknowledged; the changeset is applied again
+    return (
+        LayerRow(header.first, header.last, file, os.stat(path).st_size, len(extents)),
         Point(
             position=header.last,
             bookmark=header.bookmark,
@@ -187,16 +220,12 @@ def _adopt_one(catalogue: Catalogue, path: str, name: str, parent: Stamp) -> boo
             disks=header.disks,
         ),
     )
-    return True
 
 
-def _layer_names(folder: str) -> list[tuple[int, int, str]]:
-    found = []
-    for name in os.listdir(os.path.join(folder, "layers")):
-        match = _LAYER_NAME.fullmatch(name)
-        if match:
-            found.append((int(match[1]), int(match[2]), name))
-    return found
+def _layer_names(folder: str) -> set[LayerName]:
+    names = os.listdir(os.path.join(folder, "layers"))
+    matches = [match for name in names if (match := _LAYER_NAME.fullmatch(name))]
+    return {LayerName(int(match[1]), int(match[2])) for match in matches}
 
 
 def _empty(folder: str) -> None:

@@ -29,7 +29,7 @@ OPEN_GROUP_LAYERS_MAX = MERGE_LAYERS_MAX
 class ThinReport:
     """What one call did.
 
-    kept:     positions that the policy keeps.
+    kept:     positions that the policy keeps, or that are held.
     merged:   (first, last) of each layer made.
     folded:   positions that the base moved to.
     deferred: why something was left for the next call; empty when all is done.
@@ -47,15 +47,16 @@ def thin(
 ) -> ThinReport:
     """Bring the store nearer to what the policy keeps, at most ``bytes_max`` of work or one step.
 
-    An unusable layer or a reader that holds an old point defers its part and is told; other parts
-    go on.
+    Held positions are kept as well. An unusable layer, a reader of an old point, or a hold that has
+    just come defers its part and is told; other parts go on.
     """
     chain = store.chain()
+    held = store.holds.positions(chain)
     candidates = [
         Candidate(point.position, point.bookmark.time_ns, point.bookmark.consistency)
         for point in chain.points
     ]
-    report = ThinReport(kept=frozenset(kept(candidates, now_ns, policy)))
+    report = ThinReport(kept=frozenset(kept(candidates, now_ns, policy, held)))
     _fold(store, chain, report, bytes_max)
     for rows in _groups(store.chain(), report.kept):
         if report.moved_bytes >= bytes_max:
@@ -88,7 +89,7 @@ def _merge(store: MachineStore, rows: list[LayerRow], report: ThinReport, bytes_
             return
         try:
             report.moved_bytes += store.merge(part[0].first, part[-1].last)
-        except IntegrityError as error:
+        except (UnavailableError, IntegrityError) as error:
             report.deferred.append(str(error))
             return
         report.merged.append((part[0].first, part[-1].last))
