@@ -124,6 +124,16 @@ def test_the_newest_is_kept_and_nothing_inconsistent(
     assert not restorable or restorable[-1].position in chosen
 
 
+@given(histories, policies, st.sets(st.integers(0, 121)))
+@settings(max_examples=200, deadline=None)
+def test_what_is_held_is_kept_and_changes_nothing_else(
+    points: list[Candidate], policy: RetentionPolicy, held: set[int]
+) -> None:
+    restorable = {point.position for point in points if point.consistency.restorable}
+    chosen = kept(points, NOW, policy, held)
+    assert chosen == kept(points, NOW, policy) | (held & restorable)
+
+
 @given(histories, policies)
 @settings(max_examples=200, deadline=None)
 def test_no_bucket_holds_more_than_the_table_allows(

@@ -258,6 +258,10 @@ def test_readers_of_another_process_see_only_whole_points(tmp_path: Path) -> Non
                 [sys.executable, "-c", script, str(stop)], stdout=seen, stderr=subprocess.STDOUT
             )
             try:
+                begun = time.monotonic() + 60
+                while not (tmp_path / "seen").stat().st_size:
+                    assert time.monotonic() < begun, "the reader does not begin"
+                    time.sleep(0.02)
                 until = time.monotonic() + 5
                 while time.monotonic() < until:
                     for _ in range(4):
