@@ -4,16 +4,18 @@ The kernel's own tables say what is attached and mounted, so that whatever was l
 found by the next run.
 """
 
+import contextlib
 import fcntl
 import glob
 import os
 import re
+import stat
 import time
 from dataclasses import dataclass
 
 from daemon.durable import storage_error
 from replication.errors import StorageError
-from vsphere_emu.tool import run_tool, try_tool
+from vsphere_emu.tool import run_tool, tail, try_tool
 
 BUSY_SECONDS_MAX = 10.0
 BUSY_INTERVAL_SECONDS = 0.1
@@ -63,6 +65,8 @@ def detach(path: str) -> None:
     detaches it as soon as the last one closes it.
     """
     for device in loops_of(path):
+        if _partitions(device):
+            try_tool("partx", "--delete", device)  # they would outlive what they are parts of
         try_tool("losetup", "--detach", device)  # detached meanwhile is fine: looked up below
     deadline = time.monotonic() + BUSY_SECONDS_MAX
     while remaining := loops_of(path):
@@ -81,6 +85,37 @@ def detach(path: str) -> None:
         raise storage_error("sync", path, error) from error
     finally:
         os.close(fd)
+
+
+def first_partition(device: str) -> str | None:
+    """The device node of the first partition of ``device``; None if it has no partition table.
+
+    The table is read by ``partx`` and told to the kernel, which need not know any itself.
+    """
+    done = try_tool("blkid", "--probe", "--output", "value", "--match-tag", "PTTYPE", device)
+    if not done.stdout.strip():
+        return None
+    if not _partitions(device):
+        added = try_tool("partx", "--add", device)  # by another meanwhile is fine: looked up below
+        if not _partitions(device):
+            raise StorageError(f"{device} has a partition table, but no partition: {tail(added)}")
+    name = os.path.basename(device)
+    node = f"{device}p1"
+    try:
+        with open(f"/sys/block/{name}/{name}p1/dev") as file:
+            major, minor = map(int, file.read().split(":"))
+        with contextlib.suppress(FileExistsError):  # devtmpfs or udev has made it
+            os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(major, minor))
+    except OSError as error:
+        raise storage_error("find the first partition of", device, error) from error
+    return node
+
+
+def _partitions(device: str) -> list[str]:
+    """The kernel's names of the partitions that it knows of."""
+    name = os.path.basename(device)
+    found = glob.glob(f"/sys/block/{name}/{name}p*/partition")
+    return sorted(path.split("/")[4] for path in found)
 
 
 def file_system_of(device: str) -> str:

@@ -2,8 +2,8 @@
 
 The image itself is only read. A sparse copy (by ``cp`` where nobody gives a quicker way) is
 attached, mounted once so that the kernel replays the journal as it would after a power cut,
-unmounted, and checked by the file system's own tool. Databases are started on copies too, and do
-their own recovery.
+unmounted, and checked by the file system's own tool; of a disk with a partition table, this is done
+with the first partition. Databases are started on copies too, and do their own recovery.
 """
 
 import contextlib
@@ -123,14 +123,15 @@ def _sums(data_point: str, wal_point: str, image: str) -> BalanceSums:
 
 @contextlib.contextmanager
 def _copied(image: str, scratch_folder: str, copier: Copier | None) -> Iterator[tuple[str, str]]:
-    """A copy's loop device and an empty mount point; all of it gone afterwards."""
+    """The device of a copy (or its first partition) and an empty mount point; gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="check-", dir=scratch_folder) as folder:
         copy, point = os.path.join(folder, "disk.img"), os.path.join(folder, "mount")
         os.mkdir(point)
         (copier or _copy)(image, copy)
         os.chmod(copy, 0o600)  # a recovery point's own file is read-only
         try:
-            yield block_device.attach(copy), point
+            device = block_device.attach(copy)
+            yield block_device.first_partition(device) or device, point
         finally:
             block_device.unmount_by_force(point)
             block_device.detach(copy)

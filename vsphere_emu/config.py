@@ -53,6 +53,8 @@ class DatastoreConfig(Section):
 class DiskConfig(Section):
     """A guest's disk: ``[datastore] guest/name.vmdk``, a file system on the whole of it.
 
+    image: what the disk is at first: a copy of this disk image, which has a partition table, and
+        ``file_system`` on its first partition. Without one, the disk is empty at first.
     mount_point: the folder in the guest's own folder; the disk's name if absent.
     mount_options: as ``mount -o`` takes them.
     """
@@ -62,6 +64,13 @@ class DiskConfig(Section):
     file_system: FileSystem = "none"
     mount_point: Name | None = None
     mount_options: str = "noatime"
+    image: str | None = None
+
+    @model_validator(mode="after")
+    def _image_is_mounted(self) -> Self:
+        if self.image is not None and self.file_system == "none":
+            raise ValueError(f"disk {self.name}: say which file_system the image's partition has")
+        return self
 
 
 class WebWorkload(Section):
@@ -79,6 +88,14 @@ class FilesWorkload(Section):
     disk: Name
     changes_per_second: Annotated[float, Field(gt=0, le=10_000)] = 30.0
     trim_interval_seconds: Annotated[float, Field(gt=0)] = 5.0
+
+
+class SystemWorkload(Section):
+    """The disk of a machine that boots: what its own service would write, each line with fsync."""
+
+    kind: Literal["system"]
+    disk: Name
+    writes_per_second: Annotated[float, Field(gt=0, le=10_000)] = 20.0
 
 
 class PgbenchWorkload(Section):
@@ -101,7 +118,9 @@ class PgbenchWorkload(Section):
         return (self.data_disk, self.wal_disk)
 
 
-Workload = Annotated[WebWorkload | FilesWorkload | PgbenchWorkload, Field(discriminator="kind")]
+Workload = Annotated[
+    WebWorkload | FilesWorkload | PgbenchWorkload | SystemWorkload, Field(discriminator="kind")
+]
 
 
 class AdapterConfig(Section):

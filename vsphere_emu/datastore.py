@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from daemon.durable import make_folder, storage_error, sync_folder, write_whole
 from replication.errors import ConfigError, StorageError
+from vsphere_emu.tool import run_tool
 
 SECTOR_BYTES = 512
 DESCRIPTOR_BYTES_MAX = 64 * 1024
@@ -48,8 +49,12 @@ class Datastore:
         self.name = name
         self.folder = os.path.abspath(folder)
 
-    def create(self, datastore_path: str, size_bytes: int) -> Vmdk:
-        """Make an empty, sparse disk. Raises StorageError if it is there already."""
+    def create(self, datastore_path: str, size_bytes: int, image: str | None = None) -> Vmdk:
+        """Make a sparse disk: empty, or a copy of ``image``, which may be shorter.
+
+        Raises ConfigError for an image that is absent or longer than the disk, StorageError if the
+        disk is there already.
+        """
         assert size_bytes > 0
         assert size_bytes % SECTOR_BYTES == 0
         descriptor = self._file(datastore_path)
@@ -60,6 +65,8 @@ class Datastore:
         try:
             fd = os.open(flat, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
+                if image is not None:
+                    _copy(image, flat, size_bytes)
                 os.ftruncate(fd, size_bytes)
                 os.fsync(fd)
             finally:
@@ -208,6 +215,20 @@ def parse_descriptor(content: bytes, where: str) -> tuple[str, int]:
     if (size_bytes := int(extent["sectors"]) * SECTOR_BYTES) == 0:
         raise malformed("its size is 0")
     return extent["name"], size_bytes
+
+
+def _copy(image: str, flat: str, size_bytes: int) -> None:
+    """Give ``flat``, which is there and empty, the content of ``image``: sparse or shared."""
+    try:
+        image_bytes = os.stat(image).st_size
+    except OSError as error:
+        raise ConfigError(f"cannot read the image {image}: {error.strerror}") from error
+    if image_bytes > size_bytes:
+        raise ConfigError(
+            f"the image {image} has {image_bytes} bytes, the disk only {size_bytes}",
+            hint="correct size_bytes",
+        )
+    run_tool("cp", "--sparse=always", "--reflink=auto", "--no-preserve=all", image, flat)
 
 
 def _flat_path(descriptor: str) -> str:

@@ -78,7 +78,10 @@ class Guest:
                 vmdk = self._vmdk(disk)
                 device = block_device.attach(vmdk.flat_path)
                 if disk.file_system != "none":
-                    self._make_file_system(disk, device)
+                    if disk.image is None:
+                        self._make_file_system(disk, device)
+                    else:
+                        device = self._partition(disk, device)
                     point = self.mount_point(disk)
                     make_folder(point, mode=0o755)
                     block_device.mount(device, point, disk.file_system, disk.mount_options)
@@ -214,7 +217,7 @@ class Guest:
     def _vmdk(self, disk: DiskConfig) -> Vmdk:
         path = self.vmdk_path(disk)
         if not self._datastore.exists(path):
-            return self._datastore.create(path, disk.size_bytes)
+            return self._datastore.create(path, disk.size_bytes, disk.image)
         vmdk = self._datastore.open(path)
         if vmdk.size_bytes != disk.size_bytes:
             raise ConfigError(
@@ -222,6 +225,20 @@ class Guest:
                 hint="correct size_bytes, or remove the guest with its disks",
             )
         return vmdk
+
+    def _partition(self, disk: DiskConfig, device: str) -> str:
+        """The device of the first partition. It is a part of the whole disk's, not a second loop
+        device over the same file: what tracks the disk sees each write.
+        """
+        partition = block_device.first_partition(device)
+        present = block_device.file_system_of(partition) if partition else ""
+        if partition is None or present != disk.file_system:
+            raise StorageError(
+                f"the first partition of {self.vmdk_path(disk)} holds "
+                f"{present or 'no file system'}, the configuration says {disk.file_system}",
+                hint="correct image or file_system, or remove the guest with its disks",
+            )
+        return partition
 
     def _make_file_system(self, disk: DiskConfig, device: str) -> None:
         """Once; a marker tells of one that was cut off in the middle."""

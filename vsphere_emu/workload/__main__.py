@@ -7,12 +7,13 @@ import sys
 from pydantic import TypeAdapter
 
 from replication.errors import ConfigError, ReplicationError
-from vsphere_emu.config import FilesWorkload, PgbenchWorkload, WebWorkload, Workload
+from vsphere_emu.config import FilesWorkload, PgbenchWorkload, SystemWorkload, WebWorkload, Workload
 from vsphere_emu.workload.database import Database
 from vsphere_emu.workload.files import Files
 from vsphere_emu.workload.life import held, tell_ready
 from vsphere_emu.workload.pace import Pace
 from vsphere_emu.workload.pgbench import Pgbench
+from vsphere_emu.workload.system import System
 from vsphere_emu.workload.web import Web
 
 PASSES_WATCHED_PER_SECOND = 10.0
@@ -36,9 +37,7 @@ def main() -> int:
     return 0
 
 
-def _run(
-    workload: WebWorkload | FilesWorkload | PgbenchWorkload, mounts: dict[str, str], lock: int
-) -> None:
+def _run(workload: Workload, mounts: dict[str, str], lock: int) -> None:
     for folder in mounts.values():
         if not os.path.ismount(folder):
             raise ConfigError(f"nothing is mounted at {folder}", hint="power the guest on first")
@@ -52,6 +51,10 @@ def _run(
             pace = Pace(workload.changes_per_second)
             tell_ready(lock)
             files.run(pace)
+        case SystemWorkload():
+            system, pace = System(mounts[workload.disk]), Pace(workload.writes_per_second)
+            tell_ready(lock)
+            system.run(pace)
         case PgbenchWorkload():
             database = Database(mounts[workload.data_disk], mounts[workload.wal_disk])
             try:
