@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup lab lab-down test soak check bench bpf lock
+.PHONY: help setup lab lab-down test soak check bench bpf image lock
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ lab: bpf ## the main job on real parts, proved
 
 lab-down: ## remove every trace of the lab
 	$(VENV)/bin/understudy lab down
+
+image: $(READY) ## build the bootable Debian of the lab, or say where it is
+	$(PY) -m vsphere_emu.image build
 
 lock: ## resolve the dependencies anew
 	$(VENV)/bin/uv pip compile --quiet --upgrade --generate-hashes --no-emit-index-url --no-header \

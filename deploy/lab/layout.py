@@ -53,6 +53,12 @@ name = "files-01"
 disks = [{{{{ name = "share", size_bytes = {2048 * _MIB}, file_system = "btrfs" }}}}]
 workload = {{{{ kind = "files", disk = "share", changes_per_second = 30, \
 trim_interval_seconds = 3 }}}}
+
+[[guests]]
+name = "boot-01"
+disks = [{{{{ name = "os", size_bytes = {1024 * _MIB}, file_system = "ext4", \
+image = "{{image}}" }}}}]
+workload = {{{{ kind = "system", disk = "os", writes_per_second = 20 }}}}
 """
 
 
@@ -137,8 +143,11 @@ class Layout:
         """Where a node keeps its key, its certificate and what it was told."""
         return self.path("identity", node)
 
-    def make(self) -> None:
-        """Create the folders and the files that need no guest to be running."""
+    def make(self, image: str) -> None:
+        """Create the folders and the files that need no guest to be running.
+
+        image: the bootable disk image, of which one guest's disk is a copy.
+        """
         for folder in (
             "config", "keys", "log", "run", "points", "scratch", "agents", "identity",
         ):  # fmt: skip
@@ -156,7 +165,7 @@ class Layout:
         )
         _write(
             self.config("vsphere"),
-            GUESTS.format(root=self.root, vcenter_port=self.ports.vcenter)
+            GUESTS.format(root=self.root, vcenter_port=self.ports.vcenter, image=image)
             + f"\n[service]\nhealth_port = {self.ports.health(3)}\n",
         )
         _write(

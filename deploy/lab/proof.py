@@ -9,6 +9,7 @@ from appliance.cli.store_choice import find_machine, find_point
 from deploy.lab.layout import Layout
 from replication.errors import IntegrityError
 from vsphere_emu.check import Copier, check_database, check_file_system
+from vsphere_emu.workload.system import LogReport, check_log
 
 PIECE_BYTES = 4 << 20
 
@@ -89,6 +90,20 @@ def opens_database(layout: Layout, data_image: str, wal_image: str) -> int:
     """PostgreSQL starts from the two disks; returns the sum on which pgbench's tables agree."""
     sums = check_database(data_image, wal_image, layout.scratch, copy=_exporter(layout))
     return sums.accounts
+
+
+def has_whole_log(layout: Layout, image: str) -> int:
+    """The log of the service in a root file system lacks no number; returns the last one."""
+    found: list[LogReport] = []
+    check_file_system(
+        image,
+        layout.scratch,
+        lambda root: found.append(check_log(root)),
+        copy=_exporter(layout),
+    )
+    if not found[0].last:
+        raise IntegrityError(f"the service's log in {image} is empty")
+    return found[0].last
 
 
 def _exporter(layout: Layout) -> Copier:

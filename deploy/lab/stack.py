@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from agents.mobility.tracker.pins import remove_machine
@@ -16,6 +16,7 @@ from deploy.lab.layout import Layout, machine_id
 from deploy.lab.process import Background
 from replication.errors import ReplicationError, StorageError, UnavailableError
 from vsphere_emu.guest import Guest
+from vsphere_emu.image.builder import cache_folder, default_recipe, ensure_image
 
 AGENT_HEALTH_FIRST = 10
 
@@ -88,9 +89,12 @@ class Stack:
             self.agent(guest.config.name, index) for index, guest in enumerate(self.layout.guests())
         ]
 
-    def prepare(self) -> list[Guest]:
-        """Folders and configuration; returns the guests, powered off or on."""
-        self.layout.make()
+    def prepare(self, tell: Callable[[str], object]) -> list[Guest]:
+        """The bootable image, folders and configuration; returns the guests, powered off or on.
+
+        tell: hears of what takes long.
+        """
+        self.layout.make(ensure_image(default_recipe(), cache_folder(), tell=tell))
         return self.layout.guests()
 
     def start_control(self) -> None:

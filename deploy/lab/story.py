@@ -17,6 +17,7 @@ from deploy.lab.proof import (
     Point,
     data_bytes,
     equals_source,
+    has_whole_log,
     is_clean,
     list_points,
     opens_database,
@@ -75,13 +76,16 @@ class Story:
     def _step(self, text: str) -> None:
         self._console.print(f"\n[bold]{text}[/bold]")
 
+    def _tell_waiting(self, text: str) -> None:
+        self._console.print(f"  … {text}")
+
     def _done(self, text: str) -> None:
         self._console.print(f"  [green]✓[/green] {text}")
 
     def _set_up(self) -> None:
         self._step("1  Setting up")
         began = time.monotonic()
-        self._guests = [GuestStory(guest) for guest in self._stack.prepare()]
+        self._guests = [GuestStory(guest) for guest in self._stack.prepare(self._tell_waiting)]
         for story in self._guests:
             story.guest.power_on()
             story.guest.start_workload()
@@ -115,7 +119,7 @@ class Story:
             story.seed_bytes = sum(data_bytes(path) for path in story.flat_paths)
         self._protected_at = time.monotonic()
         self._stack.operator.protect(names)
-        self._done("all three are protected; their agents have begun")
+        self._done(f"all {len(names)} are protected; their agents have begun")
 
     def _initial_replication(self) -> None:
         self._step("3  Initial replication, machines running")
@@ -224,6 +228,8 @@ class Story:
             if work is not None and work.kind == "pgbench":
                 point = story.under_load[len(story.under_load) // 2]
                 checks.append(functools.partial(self._prove_database, story, point))
+            if work is not None and work.kind == "system":
+                checks.append(functools.partial(self._prove_log, story, story.under_load[-1]))
         with ThreadPoolExecutor(PROOFS_AT_ONCE, thread_name_prefix="proof") as pool:
             for proved in pool.map(lambda check: check(), checks):
                 self._done(proved)
@@ -248,6 +254,13 @@ class Story:
         return (
             f"{story.name}: PostgreSQL starts from [cyan]{point.name}[/cyan]; the sums of "
             f"all balances agree ({total})"
+        )
+
+    def _prove_log(self, story: GuestStory, point: Point) -> str:
+        last = has_whole_log(self._stack.layout, point.image(0))
+        return (
+            f"{story.name}: the root file system at [cyan]{point.name}[/cyan] has all that its "
+            f"service had written, up to number {last}"
         )
 
     def _go_on(self) -> None:

@@ -62,16 +62,17 @@ def _operate(folder: Path, understudy: list[str]) -> None:
 def test_lab_proves_itself_and_leaves_no_trace(lab: list[str], tmp_path: Path) -> None:
     done = _run(*lab, "up", "--load-seconds", "15", seconds_max=LAB_SECONDS_MAX)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("newest point = source in every block") == 3
+    assert done.stdout.count("newest point = source in every block") == 4
     assert done.stdout.count("is clean at") >= 4
     assert "PostgreSQL starts from" in done.stdout
+    assert "has all that its service had written" in done.stdout
 
     status = json.loads(_run(*lab, "status", "--json").stdout)
     assert all(part["pid"] for part in status["parts"])
     store = str(tmp_path / "lab" / "store")
     understudy = [sys.executable, "-m", "appliance.cli"]
     machines = json.loads(_run(*understudy, "machines", "--store", store, "--json").stdout)
-    assert {machine["name"] for machine in machines} == {"web-01", "db-01", "files-01"}
+    assert {machine["name"] for machine in machines} == {"web-01", "db-01", "files-01", "boot-01"}
     points = json.loads(_run(*understudy, "points", "db-01", "--store", store, "--json").stdout)
     assert points[-1]["consistency"] == "crash"
     verified = _run(*understudy, "verify", "web-01", "--store", store)

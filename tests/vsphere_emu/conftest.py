@@ -1,3 +1,4 @@
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,22 @@ def make_guest(tmp_path: Path) -> Iterator[MakeGuest]:
     finally:
         for guest in made:
             guest.remove_all_traces(delete_disks=True)
+
+
+@pytest.fixture(scope="session")
+def parted_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A disk image of 32 MiB with one partition, which holds an ext4 with the file ``seed``."""
+    folder = tmp_path_factory.mktemp("image")
+    image, content = folder / "parted.img", folder / "content"
+    content.mkdir()
+    (content / "seed").write_text("from the image")
+    with open(image, "wb") as file:
+        file.truncate(32 << 20)
+    made = ["mkpart", "primary", "ext4", "1MiB", "100%"]
+    subprocess.run(["parted", "-s", image, "mklabel", "msdos", *made], check=True)
+    options = ["-E", "offset=1048576,lazy_itable_init=0", "-d", str(content)]
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-b", "4096", *options, image, "31m"], check=True)
+    return image
 
 
 def is_alive(pid: int) -> bool:

@@ -4,10 +4,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from replication.errors import ConfigError, StorageError
 from tests.vsphere_emu.conftest import MakeGuest
 from vsphere_emu import block_device
+from vsphere_emu.config import DiskConfig
 from vsphere_emu.guest import Guest
 
 MIB = 1 << 20
@@ -156,3 +158,86 @@ def test_holder_of_a_mount_is_named(make_guest: MakeGuest, monkeypatch: pytest.M
         guest.power_off()
     guest.power_off()
     assert not guest.status().is_powered_on
+
+
+def imaged(image: Path, **more: object) -> dict[str, object]:
+    return {"name": "os", "size_bytes": 32 * MIB, "file_system": "ext4", "image": str(image)} | more
+
+
+def partitions_of(device: str) -> list[str]:
+    name = os.path.basename(device)
+    return [path.name for path in Path(f"/sys/block/{name}").glob(f"{name}p*")]
+
+
+def test_disk_of_an_image_is_mounted_by_its_partition(
+    make_guest: MakeGuest, parted_image: Path
+) -> None:
+    guest = make_guest(name="boot-01", disks=[imaged(parted_image)])
+    guest.power_on()
+    status = guest.status().disks[0]
+    assert status.device is not None
+    mounted = block_device.mounted_at(f"{guest.folder}/os")
+    assert mounted is not None
+    assert (mounted.device, mounted.file_system) == (f"{status.device}p1", "ext4")
+    # the partition belongs to the one loop device that there is over the disk
+    assert block_device.loops_of(status.flat_path) == (status.device,)
+    assert Path(f"{guest.folder}/os/seed").read_text() == "from the image"
+    Path(f"{guest.folder}/os/file").write_text("kept")
+    guest.power_on()
+    assert guest.status().disks[0] == status
+    guest.power_off()
+    assert partitions_of(status.device) == []
+    assert block_device.loops_of(status.flat_path) == ()
+    guest.power_on()
+    assert Path(f"{guest.folder}/os/file").read_text() == "kept"
+    guest.remove_all_traces(delete_disks=True)
+    assert partitions_of(status.device) == []
+    assert_no_trace(guest, [status.flat_path])
+
+
+def test_image_is_copied_once_and_stays_as_it_is(make_guest: MakeGuest, parted_image: Path) -> None:
+    before = parted_image.read_bytes()
+    guest = make_guest(name="boot-01", disks=[imaged(parted_image, size_bytes=40 * MIB)])
+    guest.create_disks()
+    flat = Path(flat_paths(guest)[0])
+    assert flat.read_bytes() == before + bytes(8 * MIB)
+    assert flat.stat().st_blocks * 512 < 4 * MIB
+    guest.power_on()
+    Path(f"{guest.folder}/os/seed").write_text("changed")
+    guest.power_off()
+    assert parted_image.read_bytes() == before
+    assert flat.read_bytes()[: len(before)] != before
+
+
+def test_image_that_does_not_fit_is_told(
+    make_guest: MakeGuest, parted_image: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"33554432 bytes, the disk only 16777216"):
+        make_guest(name="a", disks=[imaged(parted_image, size_bytes=16 * MIB)]).power_on()
+    with pytest.raises(ConfigError, match="cannot read the image"):
+        make_guest(name="b", disks=[imaged(tmp_path / "gone.img")]).power_on()
+    with pytest.raises(StorageError, match="holds ext4, the configuration says xfs"):
+        make_guest(name="c", disks=[imaged(parted_image, file_system="xfs")]).power_on()
+    empty = tmp_path / "empty.img"
+    with open(empty, "wb") as file:
+        file.truncate(32 * MIB)
+    with pytest.raises(StorageError, match="holds no file system"):
+        make_guest(name="d", disks=[imaged(empty)]).power_on()
+
+
+def test_image_without_a_file_system_to_mount_is_refused() -> None:
+    with pytest.raises(ValidationError, match="say which file_system"):
+        DiskConfig.model_validate({"name": "os", "size_bytes": 32 * MIB, "image": "/disk.img"})
+
+
+def test_partition_left_by_a_run_that_was_cut_off_is_found(
+    make_guest: MakeGuest, parted_image: Path
+) -> None:
+    guest = make_guest(name="boot-01", disks=[imaged(parted_image)])
+    guest.power_on()
+    status = guest.status().disks[0]
+    assert status.device is not None
+    subprocess.run(["umount", f"{guest.folder}/os"], check=True)
+    assert partitions_of(status.device) != []
+    guest.power_on()
+    assert guest.status().disks[0] == status

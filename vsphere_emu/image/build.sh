@@ -5,12 +5,12 @@
 # WORK: the folder, with `overlay/` (files that go into the image), `packages`, `enabled`, `masked`,
 # `trimmed`, `copied` (a word or two a line) and `arguments` (of the kernel). Makes WORK/disk.img.
 set -euo pipefail
-export LC_ALL=C DEBIAN_FRONTEND=noninteractive PATH=/usr/sbin:/usr/bin:/sbin:/bin
+export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 root=$WORK/root image=$WORK/disk.img
 
 echo "packages"
 debootstrap --variant=minbase --keyring="$KEYRING" --include="$(paste -sd, "$WORK/packages")" \
-    "$SUITE" "$root" "$MIRROR" || { tail -n 20 "$root/debootstrap/debootstrap.log" >&2; exit 1; }
+    "$SUITE" "$root" "$MIRROR" || { tail -n 20 "$root/debootstrap/debootstrap.log"; exit 1; }
 
 echo "files"
 cp -r --preserve=mode --remove-destination "$WORK/overlay/." "$root/"

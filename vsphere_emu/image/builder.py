@@ -111,14 +111,16 @@ def copy_image(image: str, output: str) -> None:
 
 
 def _build(recipe: Recipe, path: str, mirror: str | None, tell: Tell) -> None:
+    search = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     for tool in TOOLS:
-        if shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
+        if shutil.which(tool, path=search) is None:
             raise ConfigError(f"{tool} is not installed", hint="make setup")
     source = None if mirror else find_source(recipe.suite)
     folder = os.path.dirname(path)
     with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=folder) as work:
         _lay_out(recipe, work)
         environment = {
+            "PATH": search,
             "WORK": work,
             "SUITE": recipe.suite,
             "MIRROR": mirror or (source.uri if source else ""),
