@@ -4,11 +4,12 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+LAB_VM := --folder /var/lib/understudy-lab-vm --port-base 9600
 
-.PHONY: help setup lab lab-down test soak check bench bpf image lock
+.PHONY: help setup lab lab-down test soak check bench bpf image lab-vm lab-vm-down lock
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 setup: $(READY) ## install what everything needs (Debian packages, a virtual environment, Azurite)
 
@@ -43,6 +44,12 @@ lab-down: ## remove every trace of the lab
 
 image: $(READY) ## build the bootable Debian of the lab, or say where it is
 	$(PY) -m vsphere_emu.image build
+
+lab-vm: bpf ## the source as a virtual machine with the agent inside; proved
+	$(VENV)/bin/understudy lab $(LAB_VM) vm
+
+lab-vm-down: ## remove every trace of it
+	$(VENV)/bin/understudy lab $(LAB_VM) down
 
 lock: ## resolve the dependencies anew
 	$(VENV)/bin/uv pip compile --quiet --upgrade --generate-hashes --no-emit-index-url --no-header \

@@ -12,6 +12,7 @@ from deploy.lab.layout import FOLDER_DEFAULT, Layout, Ports
 from deploy.lab.proof import list_points
 from deploy.lab.stack import Stack, only_one
 from deploy.lab.story import Story
+from deploy.lab.vm_story import VmLab, VmStory
 from replication.errors import ReplicationError, StorageError
 
 LOAD_SECONDS_DEFAULT = 15.0
@@ -26,6 +27,7 @@ def main() -> int:
     actions = parser.add_subparsers(dest="action", required=True)
     up = actions.add_parser("up", help="bring everything up and prove it")
     up.add_argument("--load-seconds", type=float, default=LOAD_SECONDS_DEFAULT)
+    actions.add_parser("vm", help="the source as a virtual machine, the agent inside it")
     actions.add_parser("down", help="remove every trace")
     status = actions.add_parser("status", help="what runs, and how far each machine is")
     status.add_argument("--json", action="store_true")
@@ -35,7 +37,10 @@ def main() -> int:
         match options.action:
             case "up":
                 _up(stack, options.load_seconds)
+            case "vm":
+                _vm(stack)
             case "down":
+                VmLab(stack.layout).stop()
                 _down(stack)
             case "status":
                 _status(stack, as_json=options.json)
@@ -61,6 +66,19 @@ def _up(stack: Stack, load_seconds: float) -> None:
         f"  source {stack.layout.operator_env}  then: understudy machines, health, jobs, events …\n"
         "  understudy lab status     what runs\n"
         "  make lab-down             removes every trace"
+    )
+
+
+def _vm(stack: Stack) -> None:
+    console = _console()
+    began = time.monotonic()
+    with only_one(stack.layout):
+        VmStory(stack, console).tell()
+    console.print(
+        f"\nEverything holds, after {time.monotonic() - began:.0f} s. The machine stays up:\n"
+        f"  {VmLab(stack.layout).source().console_path}  its serial console\n"
+        f"  source {stack.layout.operator_env}  then: understudy machines, health, jobs, events …\n"
+        "  make lab-vm-down          removes every trace"
     )
 
 

@@ -53,12 +53,15 @@ class Operator:
         if not left:
             return
         passphrases = {
-            kind: self._config_server("passphrase", "show", "--for", kind)
-            for kind in {_passphrase_of(part) for part in left}
+            kind: self.passphrase(kind) for kind in {_passphrase_of(part) for part in left}
         }
         with ThreadPoolExecutor(ENROLMENTS_AT_ONCE) as pool:
             for _ in pool.map(lambda part: self._enrol(part, passphrases), left):
                 pass
+
+    def passphrase(self, kind: PassphraseKind) -> str:
+        """What daemons of a kind prove when they enrol."""
+        return self._config_server("passphrase", "show", "--for", kind)
 
     def _enrol(self, part: Background, passphrases: dict[PassphraseKind, str]) -> None:
         passphrase = passphrases[_passphrase_of(part)]

@@ -143,18 +143,26 @@ class Layout:
         """Where a node keeps its key, its certificate and what it was told."""
         return self.path("identity", node)
 
-    def make(self, image: str) -> None:
-        """Create the folders and the files that need no guest to be running.
+    def make_guests(self, image: str) -> None:
+        """Write the vSphere emulator's file.
 
         image: the bootable disk image, of which one guest's disk is a copy.
         """
+        self._secret("vcenter.password", secrets.token_urlsafe(18).encode())
+        _write(
+            self.config("vsphere"),
+            GUESTS.format(root=self.root, vcenter_port=self.ports.vcenter, image=image)
+            + f"\n[service]\nhealth_port = {self.ports.health(3)}\n",
+        )
+
+    def make(self) -> None:
+        """Create the folders, and the files of all daemons that know no guest."""
         for folder in (
             "config", "keys", "log", "run", "points", "scratch", "agents", "identity",
         ):  # fmt: skip
             make_folder(self.path(folder), mode=0o755)
         account_key = self._secret("account.key", base64.b64encode(secrets.token_bytes(64)))
         self._secret("unlock.key", secrets.token_hex(32).encode())
-        self._secret("vcenter.password", secrets.token_urlsafe(18).encode())
         _write(
             self.path("keys", "cache.connection"),
             "DefaultEndpointsProtocol=http;"
@@ -162,11 +170,6 @@ class Layout:
             f"BlobEndpoint=http://127.0.0.1:{self.ports.blob}/{ACCOUNT};"
             f"QueueEndpoint=http://127.0.0.1:{self.ports.queue}/{ACCOUNT};\n",
             mode=0o600,
-        )
-        _write(
-            self.config("vsphere"),
-            GUESTS.format(root=self.root, vcenter_port=self.ports.vcenter, image=image)
-            + f"\n[service]\nhealth_port = {self.ports.health(3)}\n",
         )
         _write(
             self.config("azure"),

@@ -94,7 +94,9 @@ class Stack:
 
         tell: hears of what takes long.
         """
-        self.layout.make(ensure_image(default_recipe(), cache_folder(), tell=tell))
+        image = ensure_image(default_recipe(), cache_folder(), tell=tell)
+        self.layout.make()
+        self.layout.make_guests(image)
         return self.layout.guests()
 
     def start_control(self) -> None:

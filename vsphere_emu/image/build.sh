@@ -9,7 +9,8 @@ export LC_ALL=C DEBIAN_FRONTEND=noninteractive
 root=$WORK/root image=$WORK/disk.img
 
 echo "packages"
-debootstrap --variant=minbase --keyring="$KEYRING" --include="$(paste -sd, "$WORK/packages")" \
+# The initramfs is made once, below, when its configuration is there.
+INITRD=No debootstrap --variant=minbase --keyring="$KEYRING" --include="$(paste -sd, "$WORK/packages")" \
     "$SUITE" "$root" "$MIRROR" || { tail -n 20 "$root/debootstrap/debootstrap.log"; exit 1; }
 
 echo "files"
@@ -20,8 +21,8 @@ while read -r source target; do
 done <"$WORK/copied"
 xargs -r systemctl --quiet --root="$root" enable <"$WORK/enabled"
 xargs -r systemctl --quiet --root="$root" mask <"$WORK/masked"
-chroot "$root" update-initramfs -u -k all
 kernel=$(basename "$root"/boot/vmlinuz-*)
+chroot "$root" update-initramfs -c -k "${kernel#vmlinuz-}"
 mkdir -p "$root/boot/extlinux"
 cat >"$root/boot/extlinux/extlinux.conf" <<END
 SERIAL 0 115200

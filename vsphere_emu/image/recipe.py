@@ -123,6 +123,49 @@ WantedBy=multi-user.target
     ),
 )
 
+_AGENT_UNITS = (
+    File(
+        "/etc/systemd/system/agent.mount",
+        """\
+[Unit]
+Description=The disk that an agent comes on
+
+[Mount]
+What=/dev/disk/by-label/agent
+Where=/agent
+Type=ext4
+Options=noatime
+
+[Install]
+WantedBy=dev-disk-by\\x2dlabel-agent.device
+""",
+    ),
+    File(
+        "/etc/systemd/system/understudy-agent.service",
+        """\
+[Unit]
+Description=Understudy mobility agent, from a disk of its own
+Requires=agent.mount
+After=agent.mount systemd-networkd.service
+
+[Service]
+ExecStart=/agent/start
+StandardOutput=append:/agent/agent.log
+StandardError=append:/agent/agent.log
+Restart=on-failure
+RestartSec=3
+LimitMEMLOCK=infinity
+OOMScoreAdjust=-500
+
+[Install]
+WantedBy=agent.mount
+""",
+    ),
+)
+"""An agent's state must not lie on a disk that is frozen for each point. So a machine made of this
+image finds it on a second disk, labelled ``agent``; started without one, it has no agent.
+"""
+
 _SYSTEM = (
     File("/etc/hostname", "boot-01\n"),
     File("/etc/hosts", "127.0.0.1 localhost\n127.0.1.1 boot-01\n::1 localhost ip6-localhost\n"),
@@ -159,6 +202,8 @@ class Recipe:
         "systemd-sysv",
         "udev",
         "iproute2",
+        "python3",
+        "libbpf1",
     )
     size_bytes: int = 1 << 30
     kernel_arguments: str = (
@@ -167,12 +212,15 @@ class Recipe:
     files: tuple[File, ...] = (
         *_SYSTEM,
         *_UNITS,
+        *_AGENT_UNITS,
         File(f"/usr/local/lib/{SERVICE}/begin", _BEGIN, 0o755),
         File(f"/usr/local/lib/{SERVICE}/work", _WORK, 0o755),
         File(f"/usr/local/lib/{SERVICE}/answer", _ANSWER, 0o755),
     )
     enabled: tuple[str, ...] = (
         "systemd-networkd.service",
+        "agent.mount",
+        "understudy-agent.service",
         f"{SERVICE}.socket",
         f"{SERVICE}-work.service",
     )
