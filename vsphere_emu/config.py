@@ -95,7 +95,7 @@ class SystemWorkload(Section):
 
     kind: Literal["system"]
     disk: Name
-    writes_per_second: Annotated[float, Field(gt=0, le=10_000)] = 20.0
+    writes_per_second: Annotated[float, Field(gt=0, le=10_000)] = 50.0
 
 
 class PgbenchWorkload(Section):
