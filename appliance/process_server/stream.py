@@ -9,8 +9,8 @@ import asyncio
 import itertools
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
+from appliance.process_server.changeset import Changeset, OpenAttempt
 from appliance.process_server.disk_threads import DiskThreads
 from appliance.process_server.order import Position, Verdict, judge_commit, judge_segment
 from appliance.process_server.refusal import Kind, RefusedError
@@ -27,62 +27,14 @@ MISSING_TOLD_MAX = 8
 _order = itertools.count()
 
 
-@dataclass(slots=True)
-class OpenAttempt:
-    """An attempt that is not committed.
-
-    began: attempts that began later have a higher one.
-    """
-
-    id: AttemptId
-    began: int
-    segments: dict[int, Segment] = field(default_factory=dict)
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(segment.size_bytes for segment in self.segments.values())
-
-
-@dataclass(slots=True)
-class Changeset:
-    """A committed changeset, and how far it is uploaded.
-
-    since:           the number that it counts from.
-    committed_ns:    when it was acknowledged, by the clock here.
-    uploaded:        indexes of segments that the cache has acknowledged.
-    whole:           whether the manifest is there too.
-    recheck_at:      when the cache is next asked whether it still has it all (loop time).
-    recheck_seconds: how long it waits for that.
-    """
-
-    id: AttemptId
-    segments: tuple[Segment, ...]
-    since: int
-    time_ns: int
-    manifest_bytes: int
-    manifest_digest: bytes
-    committed_ns: int = field(default_factory=time.time_ns)
-    uploaded: set[int] = field(default_factory=set)
-    whole: bool = False
-    recheck_at: float = 0.0
-    recheck_seconds: float = 0.0
-
-    @property
-    def stamp(self) -> Stamp:
-        return self.id.stamp
-
-    @property
-    def size_bytes(self) -> int:
-        return self.manifest_bytes + sum(segment.size_bytes for segment in self.segments)
-
-
 class Stream:
     """One machine's stream.
 
     known:     whether the ledger is there, so that ``position`` can be relied on.
     attempts:  not committed, by stamp and attempt.
     held:      committed and not yet pruned, by stamp, ascending.
-    committed: set at each commit, for whoever waits for something to upload.
+    committed: set at each commit, for whoever waits for something to watch over.
+    moved:     set when there is more to upload, or more is uploaded.
     """
 
     def __init__(self, machine: MachineId, spool: Spool, room: Room, disk: DiskThreads) -> None:
@@ -96,6 +48,7 @@ class Stream:
         self.attempts: dict[tuple[Stamp, bytes], OpenAttempt] = {}
         self.held: dict[Stamp, Changeset] = {}
         self.committed = asyncio.Event()
+        self.moved = asyncio.Event()
         self.room = MachineRoom(room)
         self._disk = disk
         self._written: Ledger | None = None
@@ -167,6 +120,7 @@ class Stream:
         # Whoever sees the segment in memory syncs before saying so: outside the lock, since a
         # commit, which relies on all of them, syncs the folder itself.
         await self._disk.run(self.spool.sync, attempt)
+        self.moved.set()
         return there is None
 
     async def commit(self, manifest: Manifest, content: bytes, digest: bytes) -> Verdict:
@@ -191,10 +145,12 @@ class Stream:
             self.attempts.pop(key, None)
             for surplus in opened.segments.values():
                 self.room.give_back(surplus.size_bytes)
-            self._hold(attempt, segments, manifest, digest, len(content))
+            held = self._hold(attempt, segments, manifest, digest, len(content))
+            held.uploads = opened.uploads  # what goes ahead is on its way in the attempt's name
             self.position = self.position.after_commit(manifest, digest)
             await self._drop(self._superseded())
         self.committed.set()
+        self.moved.set()
         return Verdict.FOLLOWS
 
     async def advance(self, watermark: Watermark) -> None:
@@ -275,6 +231,12 @@ class Stream:
         """Whether it is this one that is held: another may have its stamp after a fall back."""
         return self.held.get(changeset.stamp) is changeset
 
+    def has(self, one: Changeset | OpenAttempt) -> bool:
+        """Whether it is this one that is under way or held, also if it was committed meanwhile."""
+        held = self.held.get(one.id.stamp)
+        opened = self.attempts.get((one.id.stamp, one.id.attempt))
+        return any(found is not None and found.uploads is one.uploads for found in (held, opened))
+
     @property
     def unapplied(self) -> bool:
         return bool(self.held)
@@ -286,7 +248,7 @@ class Stream:
         manifest: Manifest,
         digest: bytes,
         manifest_bytes: int,
-    ) -> None:
+    ) -> Changeset:
         changeset = Changeset(
             id=attempt,
             segments=tuple(segments),
@@ -299,6 +261,7 @@ class Stream:
             self.room.take(segment.size_bytes)
         self.room.take(manifest_bytes)
         self.held[attempt.stamp] = changeset
+        return changeset
 
     def _reopen(self, stored: StoredAttempt) -> None:
         opened = OpenAttempt(stored.id, next(_order))

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from appliance.process_server.address import SumsAddress
 from appliance.process_server.cache_account import CacheAccount
 from appliance.process_server.cache_history import read_history
+from appliance.process_server.changeset import OpenAttempt
 from appliance.process_server.config import LimitConfig
 from appliance.process_server.disk_threads import DiskThreads
 from appliance.process_server.refusal import Kind, RefusedError
 from appliance.process_server.room import Reservation, Room
 from appliance.process_server.segment_file import AttemptId
 from appliance.process_server.spool import Spool
-from appliance.process_server.stream import OpenAttempt, Stream
+from appliance.process_server.stream import Stream
 from replication.bookmark import MachineId
 
 

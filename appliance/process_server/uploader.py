@@ -1,33 +1,35 @@
 """From the spool into the cache storage account, a machine's changesets in order.
 
-Segments of several changesets go side by side; a manifest is put when all its segments and all
-manifests before it are acknowledged, so what exists in the cache is a prefix of the stream. What
-the cache acknowledges it may yet forget: `watcher.py` looks after that.
+Segments go side by side, those of large changesets ahead of their commit (`upload_order.py`); a
+manifest is put when its changeset is committed, and all its segments and all manifests before it
+are acknowledged, so what exists in the cache is a prefix of the stream. What the cache acknowledges
+it may yet forget: `watcher.py` looks after that.
 """
 
 import asyncio
-from collections import deque
 
 import structlog
 
 from appliance.process_server.cache_account import CacheAccount
+from appliance.process_server.changeset import Changeset, OpenAttempt
 from appliance.process_server.disk_threads import DiskThreads
 from appliance.process_server.measures import Measures
 from appliance.process_server.persistence import Persistence
 from appliance.process_server.segment_file import Segment
-from appliance.process_server.stream import Changeset, Stream, held_in_order
+from appliance.process_server.stream import Stream, held_in_order
 from appliance.process_server.upload_budget import UploadBudget
+from appliance.process_server.upload_order import AHEAD_BYTES_MIN, UploadOrder
 from replication.cache_layout import container_name, manifest_name, segment_name
 from replication.errors import IntegrityError, UnavailableError
-
-CHANGESETS_AHEAD_MAX = 8
-"""Of one machine, whose segments are on their way while the oldest's manifest is waited for."""
 
 _log = structlog.get_logger()
 
 
 class Uploader:
-    """Puts changesets of any machine; one per process, so that the budget holds for all."""
+    """Puts changesets of any machine; one per process, so that the budget holds for all.
+
+    ahead_bytes_min: so much of a changeset must have come before its upload begins.
+    """
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class Uploader:
         measures: Measures,
         *,
         recheck_seconds: float,
+        ahead_bytes_min: int = AHEAD_BYTES_MIN,
     ) -> None:
         self._cache = cache
         self._disk = disk
@@ -45,34 +48,35 @@ class Uploader:
         self._persistence = persistence
         self._measures = measures
         self._recheck_seconds = recheck_seconds
+        self._ahead_bytes_min = ahead_bytes_min
 
     async def run(self, stream: Stream) -> None:
-        """Upload what ``stream`` commits, until cancelled.
+        """Upload what comes into ``stream``, until cancelled.
 
         Raises IntegrityError when a segment in the spool is damaged.
         """
         await self.note_present(stream)
+        order = UploadOrder(self._ahead_bytes_min)
         async with asyncio.TaskGroup() as tasks:
-            window: deque[tuple[Changeset, asyncio.Task[None]]] = deque()
+            tasks.create_task(self._put_manifests(stream))
             while True:
-                stream.committed.clear()
-                under_way = {changeset.stamp for changeset, _ in window}
-                for changeset in held_in_order(stream):
-                    if len(window) >= CHANGESETS_AHEAD_MAX:
-                        break
-                    if not changeset.whole and changeset.stamp not in under_way:
-                        task = tasks.create_task(self.put_segments(stream, changeset))
-                        window.append((changeset, task))
-                if not window:
-                    await stream.committed.wait()
+                stream.moved.clear()
+                due = order.take(stream)
+                if due is None:
+                    await stream.moved.wait()
                     continue
-                changeset, task = window[0]
-                if not task.done():
-                    full = len(window) == CHANGESETS_AHEAD_MAX
-                    await (asyncio.wait([task]) if full else _first_of(task, stream.committed))
-                else:
-                    await self.put_manifest(stream, changeset)
-                    window.popleft()
+                await self._budget.take(due.segment.size_bytes)
+                tasks.create_task(self._put_taken(stream, due.of, due.segment))
+
+    async def _put_manifests(self, stream: Stream) -> None:
+        while True:
+            stream.moved.clear()
+            oldest = next((one for one in held_in_order(stream) if not one.whole), None)
+            if oldest is not None and oldest.lacks_manifest:
+                await self.put_manifest(stream, oldest)
+                stream.moved.set()
+            else:
+                await stream.moved.wait()
 
     async def note_present(self, stream: Stream) -> None:
         """After a restart: what the cache holds of the stream need not be sent again."""
@@ -91,7 +95,7 @@ class Uploader:
         """Put the segments that are not known to be there."""
         async with asyncio.TaskGroup() as tasks:
             for segment in changeset.segments:
-                if segment.index not in changeset.uploaded:
+                if segment.index not in changeset.uploads.done:
                     await self._budget.take(segment.size_bytes)
                     tasks.create_task(self._put_taken(stream, changeset, segment))
 
@@ -134,30 +138,33 @@ class Uploader:
         if all(one.whole for one in held_in_order(stream) if one.stamp < changeset.stamp):
             stream.durable_ns = max(stream.durable_ns, changeset.time_ns)
 
-    async def _put_taken(self, stream: Stream, changeset: Changeset, segment: Segment) -> None:
+    async def _put_taken(
+        self, stream: Stream, of: Changeset | OpenAttempt, segment: Segment
+    ) -> None:
         try:
-            await self._put(stream, changeset, segment, over=False)
+            await self._put(stream, of, segment, over=False)
         finally:
             self._budget.give_back(segment.size_bytes)
+        stream.moved.set()
 
     async def _put(
-        self, stream: Stream, changeset: Changeset, segment: Segment, *, over: bool
+        self, stream: Stream, of: Changeset | OpenAttempt, segment: Segment, *, over: bool
     ) -> None:
-        name = segment_name(changeset.stamp.number, changeset.id.attempt, segment.index)
-        container = container_name(stream.machine, changeset.stamp)
+        name = segment_name(of.id.stamp.number, of.id.attempt, segment.index)
+        container = container_name(stream.machine, of.id.stamp)
 
         async def put() -> None:
-            _refuse_pruned(stream, changeset)
-            content = await self._disk.run(stream.spool.read_segment, changeset.id, segment)
+            _refuse_pruned(stream, of)
+            content = await self._disk.run(stream.spool.read_segment, of.id, segment)
             await self._cache.put(container, name, content, over=over)
 
         try:
             await self._persistence.insist(put)
         except FileNotFoundError:
-            _refuse_lost(stream, changeset)
+            _refuse_lost(stream, of)
         else:
             self._measures.bytes_uploaded.inc(segment.size_bytes)
-        changeset.uploaded.add(segment.index)
+        of.uploads.done.add(segment.index)
 
     async def _wake(self, stream: Stream) -> None:
         try:
@@ -170,40 +177,33 @@ class Uploader:
 def note_uploaded(changeset: Changeset, sizes: dict[str, int]) -> None:
     """Take from a container's listing what is there of ``changeset``."""
     number, attempt = changeset.stamp.number, changeset.id.attempt
-    changeset.uploaded = {
+    changeset.uploads.done = {
         segment.index
         for segment in changeset.segments
         if sizes.get(segment_name(number, attempt, segment.index)) == segment.size_bytes
     }
+    changeset.uploads.begun = set(changeset.uploads.done)
     changeset.whole = (
-        len(changeset.uploaded) == len(changeset.segments)
+        len(changeset.uploads.done) == len(changeset.segments)
         and sizes.get(manifest_name(number)) == changeset.manifest_bytes
     )
 
 
-def _refuse_pruned(stream: Stream, changeset: Changeset) -> None:
+def _refuse_pruned(stream: Stream, one: Changeset | OpenAttempt) -> None:
     """What is applied or let go of is not put: its container may be dropped by now, and would
     come back.
     """
-    if not stream.holds(changeset):
-        raise FileNotFoundError(str(changeset.id))
+    if not stream.has(one):
+        raise FileNotFoundError(str(one.id))
 
 
-def _refuse_lost(stream: Stream, changeset: Changeset) -> None:
+def _refuse_lost(stream: Stream, one: Changeset | OpenAttempt) -> None:
     """A file that is gone is fine if its changeset is dropped, also when another one has taken its
     stamp since; it is damage if not.
     """
-    if stream.holds(changeset):
+    if stream.has(one):
         raise IntegrityError(
-            f"files of {changeset.id} have vanished from the spool {stream.spool.folder}",
+            f"files of {one.id} have vanished from the spool {stream.spool.folder}",
             hint="stop the process server and remove the machine's folder from the spool: "
             "its agent then sends again what is not applied",
         )
-
-
-async def _first_of(task: "asyncio.Task[None]", event: asyncio.Event) -> None:
-    waiting = asyncio.ensure_future(event.wait())
-    try:
-        await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        waiting.cancel()

@@ -12,12 +12,13 @@ from collections.abc import Iterable
 import structlog
 
 from appliance.process_server.cache_account import CacheAccount
+from appliance.process_server.changeset import Changeset
 from appliance.process_server.config import CacheConfig
 from appliance.process_server.measures import Measures
 from appliance.process_server.order import read_watermark
 from appliance.process_server.persistence import Persistence
 from appliance.process_server.segment_file import Segment
-from appliance.process_server.stream import Changeset, Stream, held_in_order
+from appliance.process_server.stream import Stream, held_in_order
 from appliance.process_server.uploader import Uploader, note_uploaded
 from daemon.service import Health
 from replication.cache_layout import (
@@ -67,6 +68,7 @@ class Watcher:
         if stream.unapplied:
             await asyncio.sleep(self._config.watermark_seconds)
             return
+        stream.committed.clear()
         try:
             async with asyncio.timeout(self._config.watermark_idle_seconds):
                 await stream.committed.wait()
@@ -111,7 +113,7 @@ class Watcher:
         if changeset.whole:
             changeset.recheck_at = asyncio.get_running_loop().time() + changeset.recheck_seconds
             return
-        self._measures.uploads_repeated.inc(len(changeset.segments) - len(changeset.uploaded))
+        self._measures.uploads_repeated.inc(len(changeset.segments) - len(changeset.uploads.done))
         changeset.whole = True  # it stays this task's, not the uploader's
         await self._uploader.put_segments(stream, changeset)
         if manifest_name(changeset.stamp.number) not in sizes:

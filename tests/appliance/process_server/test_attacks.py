@@ -15,13 +15,14 @@ from azure.storage.blob.aio import BlobServiceClient
 
 from appliance.process_server.cache_account import open_cache_account
 from appliance.process_server.cache_history import read_history
+from appliance.process_server.changeset import Changeset
 from appliance.process_server.config import CacheConfig
 from appliance.process_server.disk_threads import DiskThreads
 from appliance.process_server.order import Position, read_watermark
 from appliance.process_server.room import Room
 from appliance.process_server.segment_file import AttemptId, Segment
 from appliance.process_server.spool import Spool
-from appliance.process_server.stream import Changeset, Stream
+from appliance.process_server.stream import Stream
 from appliance.process_server.watcher import names_of
 from replication.bookmark import GENERATION_LEAP_MAX, NOTHING, Stamp
 from replication.cache_layout import (

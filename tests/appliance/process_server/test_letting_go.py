@@ -25,7 +25,7 @@ from appliance.process_server.upload_budget import UploadBudget
 from appliance.process_server.uploader import Uploader
 from daemon.service import Health
 from replication.bookmark import Stamp
-from replication.cache_layout import container_name, manifest_name
+from replication.cache_layout import container_name, manifest_name, segment_name
 from replication.errors import StorageError
 from replication.watermark import Watermark
 from tests.appliance.process_server.rig import become
@@ -45,6 +45,7 @@ class Spooled:
     stream: Stream
     budget: UploadBudget
     uploader: Uploader
+    measures: Measures
 
     async def place(self, changeset: SampleChangeset) -> None:
         attempt = AttemptId(changeset.machine, changeset.stamp, changeset.attempt)
@@ -85,9 +86,17 @@ async def spooled(folder: Path, azurite: EmulatorProcess) -> AsyncIterator[Spool
             budget = UploadBudget(1, 1 << 30)
             measures = Measures(CollectorRegistry())
             persistence = Persistence(Health(), measures)
-            uploader = Uploader(cache, disk, budget, persistence, measures, recheck_seconds=1.0)
+            uploader = Uploader(
+                cache,
+                disk,
+                budget,
+                persistence,
+                measures,
+                recheck_seconds=1.0,
+                ahead_bytes_min=1,
+            )
             try:
-                yield Spooled(spool, disk, cache, stream, budget, uploader)
+                yield Spooled(spool, disk, cache, stream, budget, uploader, measures)
             finally:
                 spool.close()
 
@@ -138,7 +147,7 @@ async def test_what_was_let_go_of_before_it_was_in_the_cache_is_not_durable(
         await stream.end()
         spooled.budget.give_back(1)
         await spooled.commit(third := make_changeset(stream.machine, Stamp(1, 3)))
-        await become(lambda: uploading.done() or stream.held[third.stamp].uploaded)
+        await become(lambda: uploading.done() or stream.held[third.stamp].uploads.done)
         assert (
             await spooled.cache.manifest(
                 container_name(stream.machine, Stamp(1, 1)), manifest_name(1)
@@ -150,6 +159,57 @@ async def test_what_was_let_go_of_before_it_was_in_the_cache_is_not_durable(
         await asyncio.wait([uploading])
     for changeset in changesets:
         assert stream.durable_ns != changeset.manifest.bookmark.time_ns
+
+
+async def test_a_large_changeset_is_uploaded_ahead_and_seen_from_its_commit_on(
+    spooled: Spooled,
+) -> None:
+    stream = spooled.stream
+    await stream.learn(Ledger(Position()))
+    large = make_changeset(stream.machine, Stamp(1, 1), segment_count=3)
+    container = container_name(stream.machine, large.stamp)
+    names = {segment_name(1, large.attempt, index) for index in range(3)}
+
+    async def there() -> bool:
+        return set(await spooled.cache.sizes(container)) == names
+
+    uploading = asyncio.create_task(spooled.uploader.run(stream))
+    try:
+        await spooled.place(large)
+        await become(there)
+        assert not stream.durable_ns
+        uploaded = spooled.measures.bytes_uploaded
+        before = uploaded._value.get()
+        await stream.commit(large.manifest, large.content, xxhash.xxh3_128_digest(large.content))
+        await become(lambda: uploading.done() or stream.held[large.stamp].whole)
+        assert uploaded._value.get() - before == len(large.content), "something was put twice"
+        assert stream.durable_ns == large.manifest.bookmark.time_ns
+    finally:
+        uploading.cancel()
+        await asyncio.wait([uploading])
+
+
+async def test_an_attempt_that_is_dropped_on_its_way_and_comes_again_is_no_damage(
+    spooled: Spooled,
+) -> None:
+    """Abandoned for want of room while a segment of it waits for its turn to be uploaded."""
+    stream = spooled.stream
+    await stream.learn(Ledger(Position()))
+    large = make_changeset(stream.machine, Stamp(1, 1), segment_count=3)
+    await spooled.budget.take(1)
+    uploading = asyncio.create_task(spooled.uploader.run(stream))
+    try:
+        await spooled.place(large)
+        (attempt,) = stream.attempts.values()
+        await become(lambda: bool(attempt.uploads.begun))
+        await stream.abandon([attempt])
+        await spooled.commit(large)
+        spooled.budget.give_back(1)
+        await become(lambda: uploading.done() or stream.held[large.stamp].whole)
+        assert not uploading.done(), uploading.exception()
+    finally:
+        uploading.cancel()
+        await asyncio.wait([uploading])
 
 
 async def test_fall_back_to_a_store_without_a_point_leaves_nothing_durable(
