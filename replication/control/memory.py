@@ -19,12 +19,13 @@ from replication.control.assignment import (
     REVOKED_COUNT_MAX,
     AppliedMachine,
     ApplierAssignment,
+    ComputeAssignment,
     MachineAssignment,
     NodeAssignment,
     ProcessServerAssignment,
 )
 from replication.control.message import Message
-from replication.control.recovery import HOLDS_MAX, Hold
+from replication.control.recovery import HOLDS_MAX, Hold, VmPower
 
 RESTORED_STEP = 1 << 32
 """By so much a confirmation raises the versions of all nodes."""
@@ -64,7 +65,8 @@ def without_losses(assignment: A, before: A | None) -> A:
     """``assignment`` but for what destroys; ``before``: what is followed now, if it is known.
 
     An agent goes on as before when it is told to forget; a process server and an applier let go of
-    nothing, a certificate that is revoked stays so, points are thinned no sooner, and holds stay.
+    nothing, a certificate that is revoked stays so, points are thinned no sooner, and holds stay;
+    a compute node removes no VM and switches none off.
     """
     kept: NodeAssignment
     match assignment, before:
@@ -74,6 +76,8 @@ def without_losses(assignment: A, before: A | None) -> A:
             kept = _process_server(assignment, before)
         case ApplierAssignment(), (ApplierAssignment() | None):
             kept = _applier(assignment, before)
+        case ComputeAssignment(), (ComputeAssignment() | None):
+            kept = _compute(assignment, before)
         case _:
             raise AssertionError(f"{type(assignment).__name__} is an assignment of no role")
     assert isinstance(kept, type(assignment))
@@ -112,6 +116,15 @@ def _holds(newer: Iterable[Hold], before: Iterable[Hold]) -> tuple[Hold, ...]:
         until_ns = max(hold.until_ns, known.until_ns)
         named.append(hold.model_copy(update={"until_ns": until_ns}))
     return (*named, *kept.values())[:HOLDS_MAX]  # the applier lets go of none of the others
+
+
+def _compute(newer: ComputeAssignment, before: ComputeAssignment | None) -> ComputeAssignment:
+    on = {order.id for order in before.vms if order.power is VmPower.ON} if before else set()
+    vms = tuple(
+        order.model_copy(update={"power": VmPower.ON}) if order.id in on else order
+        for order in newer.vms
+    )
+    return newer.model_copy(update={"removed": (), "vms": vms})
 
 
 def _no_sooner(newer: AppliedMachine, before: AppliedMachine | None) -> AppliedMachine:

@@ -1,0 +1,207 @@
+"""Managed disks: qcow2 overlays over the files of a recovery point.
+
+A disk is there whole or not: it is made under another name, synced, and renamed. What is written
+goes to the overlay, and the point stays as it is. Clusters of 128 KiB have 32 parts each, so that a
+write of 4 KiB reads nothing from the point.
+
+Source: QEMU docs/interop/qcow2.txt; qemu-img(1).
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from azure_emu.compute.tool import run_tool, try_tool
+from daemon.durable import make_folder, storage_error, sync_folder
+from replication.control.recovery import SourceDisk
+from replication.errors import ConflictError, InputError, StorageError
+
+SECTOR_BYTES = 512
+OPTIONS = "extended_l2=on,cluster_size=128k"
+MADE_AT_ONCE_MAX = 8
+SNAPSHOT_NAME_CHARACTERS_MAX = 64
+_PENDING = ".new"
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """path: of the qcow2 file. source: of the point's file, below which it stands for a while."""
+
+    index: int
+    path: str
+    source: str
+    size_bytes: int
+
+
+def disks_of(folder: str, points_folder: str, ordered: Sequence[SourceDisk]) -> list[Disk]:
+    """The disks of a VM, whose own folder is ``folder``.
+
+    Raises InputError for a source that is not below the folder of points, a size that is no
+    multiple of a sector, or an index twice.
+    """
+    disks = []
+    for each in ordered:
+        source = os.path.normpath(os.path.join(points_folder, each.source))
+        if not source.startswith(points_folder.rstrip("/") + "/"):
+            raise InputError(f"disk {each.index}: {each.source} is not below {points_folder}")
+        if each.size_bytes % SECTOR_BYTES or not each.size_bytes:
+            raise InputError(f"disk {each.index}: a size of {each.size_bytes} bytes is none")
+        path = os.path.join(folder, f"disk{each.index}.qcow2")
+        disks.append(Disk(each.index, path, source, each.size_bytes))
+    if len({disk.index for disk in disks}) != len(disks):
+        raise InputError("two disks have the same index")
+    return sorted(disks, key=lambda disk: disk.index)
+
+
+async def make_disks(disks: Sequence[Disk]) -> float:
+    """Make those that are missing; returns how many seconds it took.
+
+    Raises StorageError: the source cannot be read or has another size, the folder refuses.
+    """
+    began = time.monotonic()
+    slots = asyncio.Semaphore(MADE_AT_ONCE_MAX)
+
+    async def make(disk: Disk) -> None:
+        async with slots:
+            await _make(disk)
+
+    async with asyncio.TaskGroup() as group:
+        for disk in disks:
+            if not _exists(disk.path):
+                group.create_task(make(disk))
+    if disks:
+        await asyncio.to_thread(sync_folder, os.path.dirname(disks[0].path))
+    return time.monotonic() - began
+
+
+async def _make(disk: Disk) -> None:
+    source_readable(disk)
+    make_folder(os.path.dirname(disk.path))
+    pending = disk.path + _PENDING
+    _unlink(pending)
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", disk.source]
+    await run_tool(*command, "-o", OPTIONS, pending, str(disk.size_bytes))
+    await asyncio.to_thread(_sync_and_rename, pending, disk.path)
+
+
+def source_readable(disk: Disk) -> None:
+    """Raises StorageError unless the point's file can be read and has the size that it should."""
+    try:
+        fd = os.open(disk.source, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(fd).st_size
+            os.pread(fd, SECTOR_BYTES, max(0, size - SECTOR_BYTES))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {disk.source}: {error.strerror}",
+            hint="is the applier running, with points_mount, and is the point held?",
+        ) from error
+    if size != disk.size_bytes:
+        raise StorageError(f"{disk.source} has {size} bytes, not {disk.size_bytes}")
+
+
+async def is_independent(disk: Disk) -> bool:
+    """Whether the disk stands alone; also of one that is in use. Raises StorageError."""
+    told = await run_tool("qemu-img", "info", "-U", "--output=json", disk.path)
+    return "backing-filename" not in json.loads(told)
+
+
+async def make_independent(disk: Disk) -> None:
+    """Copy what the overlay does not have yet. Nobody uses the disk; ended at any point, it is as
+    good as before. Takes as long as it takes; raises StorageError.
+    """
+    command = ["qemu-img", "rebase", "-f", "qcow2", "-F", "raw", "-b", "", disk.path]
+    await run_tool(*command, seconds_max=None)
+
+
+async def snapshot(disk: Disk, name: str) -> None:
+    """Keep how the disk is now under a name. Raises ConflictError while a VM has it."""
+    if not name or len(name) > SNAPSHOT_NAME_CHARACTERS_MAX or name.startswith("-"):
+        raise InputError(f"{name!r} is no name for a snapshot")
+    await _unused(disk, "qemu-img", "snapshot", "-q", "-c", name, disk.path)
+
+
+async def delete_snapshot(disk: Disk, name: str) -> None:
+    await _unused(disk, "qemu-img", "snapshot", "-q", "-d", name, disk.path)
+
+
+async def export(disk: Disk, target: str) -> None:
+    """Write the whole disk as a raw, sparse file; it is there whole or not.
+
+    Raises ConflictError while a VM has it, StorageError.
+    """
+    if _exists(target):
+        raise InputError(f"{target} is there already")
+    pending = f"{target}.{secrets.token_hex(4)}{_PENDING}"
+    try:
+        await _unused(disk, "qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk.path, pending)
+        await asyncio.to_thread(_sync_and_rename, pending, target)
+        await asyncio.to_thread(sync_folder, os.path.dirname(target) or ".")
+    finally:
+        _unlink(pending)
+
+
+async def _unused(disk: Disk, *command: str) -> None:
+    code, _, said = await try_tool(*command, seconds_max=None)
+    if code == 0:
+        return
+    words = said.decode(errors="replace").strip()
+    if "lock" in words:
+        raise ConflictError(f"{disk.path} is in use", hint="switch the VM off first")
+    raise StorageError(f"{command[0]} {command[1]} failed: {words[-600:]}")
+
+
+def space_bytes(disks: Sequence[Disk]) -> int:
+    """What the disks take of the file system."""
+    total = 0
+    for disk in disks:
+        with contextlib.suppress(OSError):
+            total += os.stat(disk.path).st_blocks * 512
+    return total
+
+
+async def read_head(disk: Disk, size: int) -> bytes:
+    """The beginning of the disk as it is now. Raises StorageError."""
+    copy = disk.path + ".head"
+    command = ["qemu-img", "dd", "-U", "-f", "qcow2", "-O", "raw", f"bs={size}", "count=1"]
+    try:
+        await run_tool(*command, f"if={disk.path}", f"of={copy}")
+        return await asyncio.to_thread(_read, copy, size)
+    finally:
+        _unlink(copy)
+
+
+def _sync_and_rename(pending: str, path: str) -> None:
+    try:
+        fd = os.open(pending, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(pending, path)
+    except OSError as error:
+        raise storage_error("make", path, error) from error
+
+
+def _read(path: str, size: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise storage_error("read", path, error) from error
+
+
+def _exists(path: str) -> bool:
+    return os.path.lexists(path)
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)

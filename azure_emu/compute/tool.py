@@ -1,0 +1,55 @@
+"""Programs of the system that the compute node runs: bounded, heard, and ended with it."""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+from replication.errors import ConfigError, StorageError, UnavailableError
+
+SECONDS_MAX = 60.0
+WORDS_MAX = 600
+"""Characters shown of what a program said."""
+
+
+async def run_tool(*command: str, seconds_max: float | None = SECONDS_MAX) -> bytes:
+    """Standard output. The program ends with this process, also when that is killed.
+
+    Raises StorageError with the program's last words, UnavailableError when it takes longer than
+    ``seconds_max``, ConfigError when it is not installed.
+    """
+    code, out, err = await try_tool(*command, seconds_max=seconds_max)
+    if code != 0:
+        said = (err or out).decode(errors="replace").strip()[-WORDS_MAX:]
+        raise StorageError(f"{' '.join(command[:3])} … failed with exit code {code}: {said}")
+    return out
+
+
+async def try_tool(
+    *command: str, seconds_max: float | None = SECONDS_MAX
+) -> tuple[int, bytes, bytes]:
+    """Exit code, standard output and error; raises as `run_tool` does but for the code."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *dying_with_us(command),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.filename} is not installed", hint="deploy/setup") from error
+    try:
+        async with asyncio.timeout(seconds_max):
+            out, err = await process.communicate()
+    except TimeoutError as error:
+        raise UnavailableError(f"{command[0]} did not end within {seconds_max:.0f} s") from error
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    return process.returncode, out, err
+
+
+def dying_with_us(command: Sequence[str]) -> list[str]:
+    return ["setpriv", "--pdeathsig", "KILL", "--", *command]
