@@ -4,6 +4,7 @@ The loop is the only one that touches the VM's folder and its process. An error 
 again; what can never work is a failure that stays until the order changes.
 """
 
+import dataclasses
 import time
 
 from azure_emu.compute import disk
@@ -83,7 +84,9 @@ class Machine:
         """How it is, by the last look."""
         record = self.record
         passed = record.check is not None and record.check.passed
-        state = state_of(self._seen, self.wanted, passed=passed)
+        answered, failed = record.check is not None, bool(record.failed)
+        seen = dataclasses.replace(self._seen, answered=answered, failed=failed)
+        state = state_of(seen, self.wanted, passed=passed)
         reason = record.failed or self._vm.reason
         if state is VmState.FAILED and not reason and record.check is not None:
             reason = record.check.detail
