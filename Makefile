@@ -14,7 +14,8 @@ help: ## list the targets
 setup: $(READY) ## install what everything needs (Debian packages, a virtual environment, Azurite)
 
 $(READY): requirements.lock pyproject.toml deploy/setup deploy/installer.lock azure_emu/package-lock.json \
-    deploy/go.lock vsphere_emu/vcsim/go.sum $(wildcard vsphere_emu/vcsim/*.go)
+    deploy/go.lock vsphere_emu/vcsim/go.sum $(wildcard vsphere_emu/vcsim/*.go) \
+    azure_emu/compute/guest/build.py azure_emu/compute/guest/init
 	deploy/setup
 	touch $@
 
