@@ -1,0 +1,182 @@
+"""Scripts on this host: real processes, which hang, flood, fork and are refused."""
+
+import asyncio
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.config_server.recovery.actions.tail import TAIL_BYTES_MAX
+from tests.appliance.config_server.recovery.actions.orders import (
+    MACHINE,
+    RUN,
+    VM,
+    runner,
+    script,
+    write_program,
+)
+
+
+def sessions_with(mark: str) -> list[str]:
+    """Processes whose command line has ``mark``."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            told = Path("/proc", pid, "cmdline").read_bytes()
+        except OSError:
+            continue
+        if mark.encode() in told:
+            found.append(pid)
+    return found
+
+
+async def until_gone(mark: str) -> None:
+    async with asyncio.timeout(20):
+        while sessions_with(mark):  # noqa: ASYNC110 - the kernel tells of no process's end
+            await asyncio.sleep(0.02)
+
+
+async def test_a_program_gets_the_context_as_runbooks_do_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "of the daemon")
+    write_program(tmp_path / "scripts/net", "show", '#!/bin/sh\ncat\nenv\necho "$1|$2"\npwd\n')
+    outcome = await runner(tmp_path).run(script({"command": "net/show 'a b' c"}, attempt=3))
+    assert outcome.succeeded
+    assert outcome.exit_code == 0
+    told, _, rest = outcome.output.partition("\n")
+    context = json.loads(told)
+    assert {key: value for key, value in context.items() if key != "VmMap"} == {
+        "RecoveryPlanName": "shop",
+        "FailoverType": "Test",
+        "FailoverDirection": "PrimaryToSecondary",
+        "GroupId": "2",
+        "ActionName": "an action",
+        "Place": "after",
+        "Attempt": 3,
+        "RunId": str(RUN),
+    }
+    assert context["VmMap"][str(VM)] == {
+        "SubscriptionId": "",
+        "ResourceGroupName": "azure-1",
+        "CloudServiceName": "",
+        "RoleName": "db-1",
+        "RecoveryPointId": "p1",
+        "MachineId": str(MACHINE),
+        "GroupId": "1",
+        "State": "up",
+        "Address": "10.0.0.5",
+    }
+    assert rest.endswith(f"a b|c\n{tmp_path}/scripts\n")
+    assert "SECRET" not in rest
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "detail"),
+    [("exit 7", 7, "exit code 7"), ("kill -TERM $$", -15, "signal 15"), ("true", 0, "")],
+)
+async def test_the_exit_code_decides(tmp_path: Path, text: str, code: int, detail: str) -> None:
+    outcome = await runner(tmp_path).run(script({"inline": f"echo said; {text}"}))
+    assert outcome.succeeded == (code == 0)
+    assert outcome.exit_code == code
+    assert detail in outcome.detail
+    assert outcome.output == "said\n"
+
+
+async def test_a_script_that_hangs_is_ended_with_all_that_it_began(tmp_path: Path) -> None:
+    mark = f"3600.{os.getpid()}1"
+    hanging = f"trap '' TERM; sleep {mark} & echo begun; sleep {mark}"
+    began = time.monotonic()
+    outcome = await runner(tmp_path).run(script({"inline": hanging}, seconds_max=1))
+    assert 0.9 < time.monotonic() - began < 15
+    assert not outcome.succeeded
+    assert outcome.exit_code is None
+    assert "had not ended after 1 s" in outcome.detail
+    assert outcome.output == "begun\n"
+    await until_gone(mark)
+
+
+async def test_what_a_script_leaves_behind_ends_with_it(tmp_path: Path) -> None:
+    mark = f"3600.{os.getpid()}2"
+    outcome = await runner(tmp_path).run(script({"inline": f"sleep {mark} & echo done"}))
+    assert outcome.succeeded, outcome
+    assert outcome.output == "done\n"
+    await until_gone(mark)
+
+
+async def test_whoever_cancels_leaves_no_process(tmp_path: Path) -> None:
+    mark = f"3600.{os.getpid()}3"
+    task = asyncio.create_task(runner(tmp_path).run(script({"inline": f"sleep {mark}; true"})))
+    async with asyncio.timeout(20):
+        while not sessions_with(mark):  # noqa: ASYNC110 - nor of its beginning
+            await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until_gone(mark)
+
+
+async def test_a_gigabyte_of_output_is_read_and_its_end_kept(tmp_path: Path) -> None:
+    flood = "head -c 1073741824 /dev/zero; echo; echo the end"
+    outcome = await runner(tmp_path).run(script({"inline": flood}, seconds_max=120))
+    assert outcome.succeeded, outcome.detail
+    assert outcome.output.endswith("\nthe end\n")
+    assert outcome.output.startswith("(1073676297 bytes before this are left out)\n")
+    assert len(outcome.output) < TAIL_BYTES_MAX + 100
+    assert "\0" not in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("../outside", "is not below"),
+        ("/bin/true", "is not below"),
+        ("link", "is not below"),
+        ("absent", "there is no file"),
+        ("plain", "not executable"),
+        ("folder", "no file"),
+        ("open/program", "others than root may write"),
+        ("theirs", "others than root may write"),
+        ("'", "cannot be read"),
+    ],
+)
+async def test_programs_that_are_not_the_administrators_are_refused(
+    tmp_path: Path, command: str, told: str
+) -> None:
+    scripts = tmp_path / "scripts"
+    write_program(tmp_path, "outside", "#!/bin/sh\n")
+    (write_program(scripts, "plain", "")).chmod(0o644)
+    (scripts / "link").symlink_to(tmp_path / "outside")
+    (scripts / "folder").mkdir()
+    write_program(scripts / "open", "program", "#!/bin/sh\n")
+    (scripts / "open").chmod(0o777)
+    os.chown(write_program(scripts, "theirs", "#!/bin/sh\n"), 65534, 65534)
+    outcome = await runner(tmp_path).run(script({"command": command}))
+    assert not outcome.succeeded
+    assert told in outcome.detail
+
+
+@pytest.mark.parametrize(
+    ("config", "spec", "told"),
+    [
+        ({"allow_inline_scripts": False}, {"inline": "true"}, "no inline scripts"),
+        ({"scripts_folder": None}, {"command": "x"}, "runs no scripts"),
+        ({}, {"command": "x", "where": "moon"}, "another version"),
+    ],
+)
+async def test_what_the_configuration_does_not_allow_is_refused(
+    tmp_path: Path, config: dict[str, Any], spec: dict[str, Any], told: str
+) -> None:
+    outcome = await runner(tmp_path, **config).run(script(spec))
+    assert not outcome.succeeded
+    assert told in outcome.detail
+
+
+async def test_a_program_that_cannot_be_started_is_an_outcome(tmp_path: Path) -> None:
+    write_program(tmp_path / "scripts", "broken", "#!/no/such/interpreter\n")
+    outcome = await runner(tmp_path).run(script({"command": "broken"}))
+    assert not outcome.succeeded
+    assert "cannot be started" in outcome.detail
