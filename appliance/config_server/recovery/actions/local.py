@@ -77,8 +77,13 @@ async def _until_it_ends(process: "subprocess.Popen[bytes]", reading: int, outpu
         if not part:
             loop.remove_reader(reading)
 
+    def end() -> None:
+        loop.remove_reader(watched)
+        if not ended.done():
+            ended.set_result(None)
+
     loop.add_reader(reading, read)
-    loop.add_reader(watched, lambda: ended.done() or ended.set_result(None))
+    loop.add_reader(watched, end)
     try:
         await ended
     finally:
