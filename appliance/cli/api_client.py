@@ -83,6 +83,13 @@ class ApiClient:
     def post(self, path: str, body: object = None) -> Any:
         return self._ask("POST", path, body=body)
 
+    def put(self, path: str, body: object) -> Any:
+        return self._ask("PUT", path, body=body)
+
+    def get_bytes(self, path: str) -> bytes:
+        """What is no JSON: a page, a picture, a text."""
+        return self._answer("GET", path).content
+
     def patch(self, path: str, body: object) -> Any:
         return self._ask("PATCH", path, body=body)
 
@@ -121,6 +128,11 @@ class ApiClient:
     def _ask(
         self, method: str, path: str, *, params: Params | None = None, body: object = None
     ) -> Any:
+        return self._read(self._answer(method, path, params=params, body=body))
+
+    def _answer(
+        self, method: str, path: str, *, params: Params | None = None, body: object = None
+    ) -> httpx.Response:
         given = {
             key: str(value).lower() if isinstance(value, bool) else value
             for key, value in (params or {}).items()
@@ -132,7 +144,7 @@ class ApiClient:
             except httpx.HTTPError as error:
                 raise self._unreachable(error) from error
             if answer.is_success:
-                return self._read(answer)
+                return answer
             wait = _retry_after_seconds(answer)
             if wait is None or attempt + 1 == ATTEMPTS_MAX:
                 break

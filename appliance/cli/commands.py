@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 SIGN_IN = "Sign in"
 PROTECT = "Discover and protect"
 WATCH = "Watch"
+RECOVER = "Recover"
 POINTS = "Recovery points, on the applier's host"
 ADMINISTER = "Who may do what"
 BY_HAND = "By hand"
@@ -32,18 +33,21 @@ TABLE = (
     Entry(SIGN_IN, "login", "login", "login"),
     Entry(SIGN_IN, "logout", "login", "logout"),
     Entry(PROTECT, "vcenters", "vcenters", "app"),
-    Entry(PROTECT, "vms", "vms", "vms"),
     Entry(PROTECT, "policies", "policies", "app"),
     Entry(PROTECT, "protect", "protect", "protect"),
     Entry(PROTECT, "unprotect", "protect", "unprotect"),
     Entry(PROTECT, "disks", "disks", "app"),
     Entry(PROTECT, "resync", "resync", "resync"),
-    Entry(PROTECT, "jobs", "jobs", "jobs"),
+    Entry(PROTECT, "jobs", "jobs", "app"),
+    Entry(RECOVER, "points", "points", "app"),
+    Entry(RECOVER, "failover", "failover", "app"),
+    Entry(RECOVER, "plans", "plans", "app"),
+    Entry(RECOVER, "drills", "drills", "app"),
+    Entry(RECOVER, "vms", "vms", "app"),
     Entry(WATCH, "health", "health", "health"),
     Entry(WATCH, "machines", "machines", "machines"),
     Entry(WATCH, "events", "events", "events"),
     Entry(WATCH, "components", "components", "components"),
-    Entry(POINTS, "points", "points", "points"),
     Entry(POINTS, "mount", "mount", "mount"),
     Entry(POINTS, "export", "export", "export"),
     Entry(POINTS, "verify", "verify", "verify"),

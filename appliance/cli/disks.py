@@ -7,9 +7,8 @@ import typer
 from appliance.cli.api_client import ApiClient, connect, part
 from appliance.cli.jobs import started
 from appliance.cli.machines import disk_row
-from appliance.cli.names import MachineName
+from appliance.cli.names import MachineName, Wait
 from appliance.cli.output import AsJson, Column, print_json, print_rows, size, text_or_dash
-from appliance.cli.protect import Wait
 from replication.errors import NotFoundError
 
 app = typer.Typer(no_args_is_help=True, help="Which disks of a machine are replicated.")

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from appliance.cli.api_client import ApiClient, connect, part
-from appliance.cli.names import complete_machine
+from appliance.cli.default_group import DEFAULT, DefaultGroup
+from appliance.cli.names import Wait, complete_machine
 from appliance.cli.output import (
     AsJson,
     Column,
@@ -46,7 +47,13 @@ class JobFailedError(ReplicationError):
     code = "job_failed"
 
 
-def jobs(
+app = typer.Typer(
+    cls=DefaultGroup, help="What the config server was asked to do, and how far it is."
+)
+
+
+@app.command(DEFAULT)
+def list_jobs(
     job: Annotated[str | None, typer.Argument(metavar="[ID]", help="One job.")] = None,
     *,
     follow: Annotated[
@@ -79,6 +86,27 @@ def jobs(
         print_json(found)
     else:
         _tell(found)
+
+
+@app.command()
+def resume(
+    job: Annotated[str, typer.Argument(metavar="ID", help="The job that waits for a person.")],
+    *,
+    note: Annotated[
+        str, typer.Option(metavar="TEXT", help="What was done; kept with the run.")
+    ] = "",
+    wait: Wait = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on after a manual action of a recovery plan."""
+    with connect() as api:
+        found = api.post(f"/jobs/{part(job)}/resume", {"note": note})
+        if wait:
+            follow_job(api, job, as_json=as_json)
+        elif as_json:
+            print_json(found)
+        else:
+            print_line(f"{found['kind']} {found['target']}: job {job} goes on.")
 
 
 def follow_job(api: ApiClient, job: str, *, as_json: bool, quiet: bool = False) -> dict[str, Any]:

@@ -40,6 +40,14 @@ def complete_vcenter(incomplete: str) -> list[str]:
     return _complete("/vcenters", incomplete)
 
 
+def complete_plan(incomplete: str) -> list[str]:
+    return _complete("/plans", incomplete)
+
+
+def complete_schedule(incomplete: str) -> list[str]:
+    return _complete("/drill-schedules", incomplete)
+
+
 STORE_VARIABLE = "UNDERSTUDY_STORE"
 STORES_LOOKED_FOR = ("/var/lib/understudy/store", "/var/lib/understudy-lab/store")
 
@@ -64,6 +72,13 @@ PolicyName = Annotated[
 VCenterName = Annotated[
     str, typer.Argument(metavar="NAME", help="Name or id.", autocompletion=complete_vcenter)
 ]
+
+
+PlanName = Annotated[
+    str, typer.Argument(metavar="PLAN", help="Its name.", autocompletion=complete_plan)
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Show how it goes until it is done.")]
 
 
 def parse_duration(text: str, option: str) -> int:

@@ -21,6 +21,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from replication.errors import ConfigError
+
 PIPE_WIDTH = 200
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -122,6 +124,13 @@ STATE_STYLES = {
     "connecting": "cyan",
     "unreachable": "yellow",
     "refused": "bold red",
+    "passed": "green",
+    "up": "green",
+    "committed": "green",
+    "starting": "cyan",
+    "cleaning-up": "cyan",
+    "cancelling": "cyan",
+    "waiting": "yellow",
 }
 
 
@@ -180,6 +189,26 @@ def instant(time_ns: int | None) -> str:
 
 def seconds_ago(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:,.1f} s"
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Raises ConfigError where it cannot be written."""
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_file(path: str) -> str:
+    """A text, of standard input for ``-``. Raises ConfigError where it cannot be read."""
+    try:
+        if path == "-":
+            return sys.stdin.read()
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
 
 
 @contextlib.contextmanager

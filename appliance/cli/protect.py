@@ -10,7 +10,7 @@ from rich.text import Text
 from appliance.cli.api_client import ApiClient, connect, part
 from appliance.cli.jobs import follow_job, started, watch
 from appliance.cli.machines import progress_share
-from appliance.cli.names import MachineName, complete_policy
+from appliance.cli.names import MachineName, Wait, Yes, complete_policy
 from appliance.cli.output import (
     AsJson,
     percent,
@@ -22,8 +22,6 @@ from appliance.cli.output import (
 from replication.errors import ConfigError, NotFoundError
 
 COPYING = frozenset({"enabling", "initial-replication", "resynchronising"})
-
-Wait = Annotated[bool, typer.Option("--wait", help="Show how it goes until it is done.")]
 
 
 def protect(
@@ -77,7 +75,7 @@ def unprotect(
     keep_points: Annotated[
         bool, typer.Option("--keep-points", help="Leave its recovery points where they are.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
     wait: Wait = False,
     as_json: AsJson = False,
 ) -> None:

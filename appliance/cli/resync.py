@@ -6,9 +6,8 @@ import typer
 
 from appliance.cli.api_client import connect, part
 from appliance.cli.jobs import started
-from appliance.cli.names import MachineName
+from appliance.cli.names import MachineName, Wait
 from appliance.cli.output import AsJson
-from appliance.cli.protect import Wait
 
 
 def resync(

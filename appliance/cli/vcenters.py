@@ -92,7 +92,7 @@ def add(
     if as_json:
         print_json(made)
     else:
-        print_line(f"{name}: added; its virtual machines are being read: understudy vms")
+        print_line(f"{name}: added; its virtual machines are being read: understudy vms discovered")
 
 
 @app.command()

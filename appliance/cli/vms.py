@@ -1,15 +1,108 @@
-"""``understudy vms``: what the vCenters show."""
+"""``understudy vms``: virtual machines, those at the second site and those that vCenters show."""
 
+import os
 from typing import Annotated, Any
 
 import typer
 
 from appliance.cli.api_client import connect
-from appliance.cli.names import complete_vcenter
-from appliance.cli.output import AsJson, Column, print_json, print_rows, size, text_or_dash
+from appliance.cli.failover_choice import FailoverId, find_failover
+from appliance.cli.names import MachineName, complete_vcenter
+from appliance.cli.output import (
+    AsJson,
+    Column,
+    print_json,
+    print_line,
+    print_rows,
+    size,
+    state_style,
+    text_or_dash,
+    write_file,
+)
+
+app = typer.Typer(
+    no_args_is_help=True, help="Virtual machines: at the second site, and in the vCenters."
+)
 
 
-def vms(
+@app.command("list")
+def list_vms(*, as_json: AsJson = False) -> None:
+    """List the virtual machines at the second site."""
+    with connect() as api:
+        found = [each for each in api.items("/failovers", {"open": True}) if each.get("vm")]
+    if as_json:
+        print_json(found)
+        return
+    print_rows(
+        [{**each, **_vm(each)} for each in found],
+        (
+            Column("machine", "machine"),
+            Column("of", "kind"),
+            Column("state", "vm_state", style=state_style),
+            Column("guest", "guest", text_or_dash),
+            Column("address", "address", text_or_dash),
+            Column("network", "network", text_or_dash),
+            Column("compute", "compute", text_or_dash),
+            Column("space", "space_bytes", size, right=True),
+            Column("check", "told_check", text_or_dash, wraps=True),
+            Column("failover", "id"),
+        ),
+        as_json=False,
+        none="No virtual machine runs at the second site.",
+    )
+
+
+@app.command()
+def console(machine: MachineName, *, failover: FailoverId = None, as_json: AsJson = False) -> None:
+    """Print what a machine's VM has written to its serial console."""
+    with connect() as api:
+        found = find_failover(api, machine, failover=failover, with_vm=True)
+        text = api.get_bytes(f"/failovers/{found['id']}/console").decode(errors="replace")
+    if as_json:
+        print_json({"failover": found["id"], "machine": found["machine"], "console": text})
+        return
+    for line in text.splitlines():
+        print_line(line)
+
+
+@app.command()
+def screenshot(
+    machine: MachineName,
+    *,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="MACHINE.png if not given."),
+    ] = None,
+    failover: FailoverId = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the picture of a machine's VM to a PNG file."""
+    with connect() as api:
+        found = find_failover(api, machine, failover=failover, with_vm=True)
+        picture = api.get_bytes(f"/failovers/{found['id']}/screenshot")
+    path = output or f"{os.path.basename(found['machine'])}.png"
+    write_file(path, picture)
+    if as_json:
+        print_json({"failover": found["id"], "machine": found["machine"], "file": path})
+    else:
+        print_line(f"{path}: {size(len(picture))}")
+
+
+def _vm(failover: dict[str, Any]) -> dict[str, Any]:
+    report = failover.get("vm") or {}
+    check = report.get("check") or {}
+    told = "" if not check else check.get("detail") or ("passed" if check["passed"] else "failed")
+    return {
+        "vm_state": report.get("state", "-"),
+        "guest": report.get("guest", ""),
+        "address": report.get("address", ""),
+        "space_bytes": report.get("space_bytes"),
+        "told_check": told,
+    }
+
+
+@app.command()
+def discovered(
     *,
     unprotected: Annotated[
         bool, typer.Option("--unprotected", help="Only those that are not protected.")

@@ -1,0 +1,293 @@
+"""``understudy drills``: test failovers as evidence, by schedule or by hand."""
+
+import re
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from appliance.cli.api_client import connect, part
+from appliance.cli.failover_choice import Compute, Network, Notes, PointChoice
+from appliance.cli.jobs import JobFailedError, watch
+from appliance.cli.names import Wait, complete_machine, complete_plan, complete_schedule
+from appliance.cli.output import (
+    AsJson,
+    Column,
+    instant,
+    print_json,
+    print_line,
+    print_pairs,
+    print_rows,
+    printable,
+    span,
+    state_style,
+    text_or_dash,
+    write_file,
+)
+from replication.errors import ConfigError
+
+app = typer.Typer(
+    no_args_is_help=True, help="Test failovers as evidence, cleaned up by themselves."
+)
+
+ENDED = frozenset({"passed", "failed"})
+DrillId = Annotated[str, typer.Argument(metavar="ID", help="As `drills list` shows it.")]
+PlanOption = Annotated[
+    str | None,
+    typer.Option("--plan", metavar="PLAN", help="Of a plan.", autocompletion=complete_plan),
+]
+MachineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--machine", metavar="NAME", help="Of a machine.", autocompletion=complete_machine
+    ),
+]
+
+
+@app.command("list")
+def list_drills(
+    *,
+    count: Annotated[int, typer.Option("-n", help="How many at most.", min=1)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List the drills, the newest first."""
+    with connect() as api:
+        found = api.items("/drills", count_max=count)
+    if as_json:
+        print_json(found)
+        return
+    print_rows(
+        found,
+        (
+            Column("drill", "id"),
+            Column("of", "target"),
+            Column("state", "state", style=state_style),
+            Column("begun", "began_ns", instant),
+            Column("RTO", "rto_seconds", span, right=True),
+            Column("schedule", "schedule", text_or_dash),
+            Column("why", "reason", text_or_dash, wraps=True),
+        ),
+        as_json=False,
+        none="There was no drill; hold one: understudy drills run --plan PLAN",
+    )
+
+
+@app.command()
+def show(drill: DrillId, *, as_json: AsJson = False) -> None:
+    """Show what a drill was and what came of it."""
+    with connect() as api:
+        found = api.get(f"/drills/{part(drill)}")
+    if as_json:
+        print_json(found)
+    else:
+        _tell(found)
+
+
+@app.command()
+def run(
+    *,
+    plan: PlanOption = None,
+    machine: MachineOption = None,
+    point: PointChoice = "latest",
+    network: Network = None,
+    compute: Compute = None,
+    notes: Notes = "",
+    wait: Wait = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hold a drill now. With --wait: until it is cleaned up and its report is there."""
+    body = _subject(plan, machine) | {
+        "point": point, "network": network, "compute": compute, "notes": notes,
+    }  # fmt: skip
+    with connect() as api:
+        found = api.post("/drills", body)
+        if not wait:
+            if as_json:
+                print_json(found)
+            else:
+                print_line(f"drill {found['id']} of {found['target']} has begun.")
+                print_line(f"Watch its job: understudy jobs {found['job']} --follow", style="dim")
+            return
+        ended = watch(
+            lambda: dict(api.get(f"/drills/{part(found['id'])}")),
+            is_over=lambda one: one["state"] in ENDED,
+            draw=_draw,
+            lines=_lines,
+            quiet=as_json,
+        )
+    if as_json:
+        print_json(ended)
+    else:
+        _tell(ended)
+    if ended["state"] != "passed":
+        raise JobFailedError(f"the drill of {ended['target']} failed: {ended['reason']}")
+
+
+@app.command()
+def report(
+    drill: DrillId,
+    *,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the page for people.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a drill's report: with --html the page, with --json the document."""
+    if html is None:
+        with connect() as api:
+            found = api.get(f"/drills/{part(drill)}")
+        if as_json:
+            print_json(found["report"])
+        else:
+            _tell(found)
+        return
+    with connect() as api:
+        page = api.get_bytes(f"/drills/{part(drill)}/report.html")
+    write_file(html, page)
+    if as_json:
+        print_json({"drill": drill, "file": html})
+    else:
+        print_line(f"{html}: {len(page)} bytes; it opens in any browser, and prints.")
+
+
+@app.command()
+def schedule(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What you call it.")],
+    *,
+    plan: PlanOption = None,
+    machine: MachineOption = None,
+    every: Annotated[str | None, typer.Option(metavar="DAYS", help="As 1d, 7d, 90d.")] = None,
+    at: Annotated[str | None, typer.Option(metavar="HH:MM", help="In UTC.")] = None,
+    first: Annotated[
+        str | None, typer.Option(metavar="DATE", help="The day that is counted from.")
+    ] = None,
+    cron: Annotated[
+        str | None, typer.Option(metavar="FIELDS", help="As '0 3 * * 6', in UTC.")
+    ] = None,
+    point: PointChoice = "latest",
+    network: Network = None,
+    compute: Compute = None,
+    notes: Notes = "",
+    as_json: AsJson = False,
+) -> None:
+    """Hold drills again and again."""
+    timing: dict[str, Any] = {"cron": cron, "at": at, "first": first}
+    if every is not None:
+        found = re.fullmatch(r"(\d{1,3})d?", every)
+        if found is None:
+            raise ConfigError(f"--every: {every!r:.40} is no number of days", hint="as in 7d")
+        timing["every_days"] = int(found[1])
+    body = _subject(plan, machine) | {
+        "name": name,
+        "timing": {key: value for key, value in timing.items() if value is not None},
+        "point": point,
+        "network": network,
+        "compute": compute,
+        "notes": notes,
+    }
+    with connect() as api:
+        made = api.post("/drill-schedules", body)
+    if as_json:
+        print_json(made)
+    else:
+        print_line(f"{name}: {made['told']}; next {instant(made['next_ns'])}.")
+
+
+@app.command()
+def schedules(*, as_json: AsJson = False) -> None:
+    """List when drills are held."""
+    with connect() as api:
+        found = api.items("/drill-schedules")
+    print_rows(
+        [{**one, "of": one["plan"] or one["machine"]} for one in found],
+        (
+            Column("schedule", "name"),
+            Column("of", "of"),
+            Column("when", "told"),
+            Column("next", "next_ns", instant),
+            Column("last", "last_ns", instant),
+        ),
+        as_json=as_json,
+        none="No drill is scheduled: see `understudy drills schedule --help`",
+    )
+
+
+@app.command()
+def unschedule(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="Its name.", autocompletion=complete_schedule),
+    ],
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Hold no more drills of a schedule; their reports are kept."""
+    with connect() as api:
+        api.delete(f"/drill-schedules/{part(name)}")
+    if as_json:
+        print_json({"name": name, "deleted": True})
+    else:
+        print_line(f"{name}: deleted.")
+
+
+def _subject(plan: str | None, machine: str | None) -> dict[str, Any]:
+    if (plan is None) == (machine is None):
+        raise ConfigError("say what the drill is of", hint="--plan PLAN or --machine MACHINE")
+    return {"plan": plan} if plan is not None else {"machine": machine}
+
+
+def _tell(found: dict[str, Any]) -> None:
+    document = found.get("report") or {}
+    pairs = [
+        ("drill", found["id"]),
+        ("of", found["target"]),
+        ("state", found["state"]),
+        ("begun", instant(found["began_ns"])),
+        ("ended", instant(found.get("ended_ns"))),
+        ("RTO", span(found.get("rto_seconds"))),
+        ("why", text_or_dash(found.get("reason"))),
+    ]
+    if document:
+        digest = document["digest"]
+        pairs.append(("digest", digest if found["untouched"] else f"{digest}: IT DOES NOT FIT"))
+    print_pairs(pairs)
+    if not document:
+        return
+    print_rows(
+        document["machines"],
+        (
+            Column("group", "group", right=True),
+            Column("machine", "machine"),
+            Column("passed", "passed", lambda passed: "yes" if passed else "no"),
+            Column("point", "point", text_or_dash),
+            Column("consistency", "consistency", text_or_dash),
+            Column("RTO", "rto_seconds", span, right=True),
+            Column("RPO", "rpo_seconds", span, right=True),
+            Column("check", "check", text_or_dash, wraps=True),
+        ),
+        as_json=False,
+        none="No machine was tried.",
+    )
+    if found["state"] in ENDED:
+        print_line(f"The page: understudy drills report {found['id']} --html FILE", style="dim")
+
+
+def _draw(found: dict[str, Any]) -> Group:
+    head = Text(printable(f"drill of {found['target']}  "), style="bold")
+    head.append(found["state"], style=state_style(found["state"]))
+    return Group(head, *(Text(f"  {line}") for line in _step_lines(found)))
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    return [f"drill of {found['target']}: {found['state']}", *_step_lines(found)]
+
+
+def _step_lines(found: dict[str, Any]) -> list[str]:
+    return [
+        printable(
+            f"{step['name']}: {step['state']}" + (f", {step['note']}" if step["note"] else "")
+        )
+        for step in found["steps"]
+        if step["state"] != "pending"
+    ]

@@ -1,0 +1,84 @@
+"""Which failover a command is about, and how one is asked for."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from appliance.cli.api_client import ApiClient
+from appliance.cli.output import instant, read_file
+from replication.errors import ConfigError, ConflictError, NotFoundError
+
+FailoverId = Annotated[
+    str | None,
+    typer.Option(
+        "--failover",
+        metavar="ID",
+        help="Which one, where the machine has several; `failover list`.",
+    ),
+]
+PointChoice = Annotated[
+    str,
+    typer.Option(
+        "--point",
+        metavar="POINT",
+        help="latest, latest-processed, latest-app-consistent, or a name that `points` lists.",
+    ),
+]
+Network = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Of the compute node; of a test: one of its own."),
+]
+Compute = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The compute node; the emptiest if not given.")
+]
+Notes = Annotated[str, typer.Option(metavar="TEXT", help="Kept with it.")]
+NoShutDown = Annotated[
+    bool, typer.Option("--no-shut-down", help="Leave the source running (unplanned only).")
+]
+
+
+def find_failover(
+    api: ApiClient,
+    machine: str,
+    *,
+    failover: str | None = None,
+    kinds: tuple[str, ...] = ("test", "planned", "unplanned"),
+    with_vm: bool = False,
+) -> dict[str, Any]:
+    """The open failover of a machine of one of ``kinds``; errors name what there is."""
+    found = [
+        each
+        for each in api.items("/failovers", {"machine": machine, "open": True})
+        if each["kind"] in kinds and (failover is None or each["id"] == failover)
+    ]
+    if with_vm:
+        found = [each for each in found if each.get("vm")]
+    if not found:
+        what = "test failover" if kinds == ("test",) else "failover"
+        raise NotFoundError(
+            f"{machine} has no open {what}" + (f" {failover}" if failover else ""),
+            hint="`understudy failover list` shows what there is",
+        )
+    if len(found) > 1:
+        each = "; ".join(
+            f"{one['id']} ({one['kind']}, {one.get('point') or one['state']}, "
+            f"{instant(one['asked_ns'])})"
+            for one in found
+        )
+        raise ConflictError(f"{machine} has {len(found)} of them: {each}", hint="--failover ID")
+    return found[0]
+
+
+def read_script(path: str | None) -> str:
+    """The text of a check script; empty for none."""
+    return "" if path is None else read_file(path)
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask, unless told not to; ConfigError where nobody can answer."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError(f"{question} Nobody can answer here", hint="say --yes")
+    typer.confirm(question, abort=True, err=True)
