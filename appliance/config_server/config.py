@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr, field_validator
 
 from appliance.config_server.identity.config import IdentityConfig
 from appliance.config_server.protection.config import JobsConfig
+from appliance.config_server.recovery.config import RecoveryConfig
 from appliance.config_server.watching.config import SmtpConfig, WatchingConfig
 from daemon.config import DaemonConfig, Section
 from daemon.service import ServiceConfig
@@ -110,6 +111,7 @@ class ConfigServerConfig(DaemonConfig):
     database: DatabaseConfig = DatabaseConfig()
     policies: PoliciesConfig = PoliciesConfig()
     jobs: JobsConfig = JobsConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     limits: LimitConfig = LimitConfig()
     audit: AuditConfig = AuditConfig()
     watching: WatchingConfig = WatchingConfig()

@@ -43,8 +43,10 @@ from appliance.config_server.protection.part import (
     open_protection,
 )
 from appliance.config_server.protection.workflows import WORKFLOWS
+from appliance.config_server.recovery.actions.runner import ActionRunner
+from appliance.config_server.recovery.drills.keeper import DrillKeeper
 from appliance.config_server.recovery.part import Recovery
-from appliance.config_server.recovery.ports import NoActions, NoPower, RecoveryPorts
+from appliance.config_server.recovery.ports import NoPower, RecoveryPorts
 from appliance.config_server.recovery.workflows import recovery_workflows
 from appliance.config_server.store.engine import Database, open_database
 from appliance.config_server.watching.part import Watching, open_watching
@@ -66,6 +68,7 @@ class Server:
     nodes:    what they are told and what they said last.
     protection: policies, machines' states, durable jobs.
     recovery: what is over of failovers that no job is at work on.
+    drills:   those that are due and those that are on.
     discovery: vCenters' readers.
     watching: health, RPO, events and measures.
     """
@@ -80,6 +83,7 @@ class Server:
     nodes: Nodes
     protection: Protection
     recovery: Recovery
+    drills: DrillKeeper
     discovery: Discovery
     watching: Watching
     key_rates: KeyRates
@@ -125,6 +129,10 @@ async def _look_after_failovers(server: Server) -> None:
     await server.recovery.run(server.health)
 
 
+async def _look_after_drills(server: Server) -> None:
+    await server.drills.run(server.health)
+
+
 async def _prune_audit(server: Server) -> None:
     await keep_pruning(server.database, server.config.audit, server.health, server.clock)
 
@@ -138,6 +146,7 @@ BACKGROUND: tuple[Callable[[Server], Coroutine[None, None, None]], ...] = (
     _discover,
     _look_after_jobs,
     _look_after_failovers,
+    _look_after_drills,
     _prune_audit,
 )
 """What runs beside the API, from the start to the end of the daemon."""
@@ -172,7 +181,7 @@ async def open_server(
             )
         )
         recovery = recovery_workflows(
-            RecoveryPorts(actions=NoActions(), power=NoPower()),
+            RecoveryPorts(actions=ActionRunner(config.recovery, identity.vault), power=NoPower()),
             answer_seconds_max=config.jobs.answer_seconds_max,
         )
         protection = await stack.enter_async_context(
@@ -197,10 +206,20 @@ async def open_server(
                 clock=clock,
             )
         )
+        audit = Audit(database, clock)
+        drills = DrillKeeper(
+            database,
+            protection.ports,
+            audit,
+            config.recovery,
+            clock,
+            protection.instance,
+            protection.begin,
+        )
         yield Server(
             config=config,
             database=database,
-            audit=Audit(database, clock),
+            audit=audit,
             health=service.health,
             registry=service.registry,
             stop=service.stop,
@@ -208,6 +227,7 @@ async def open_server(
             nodes=nodes,
             protection=protection,
             recovery=Recovery(database, protection.ports, clock),
+            drills=drills,
             discovery=discovery,
             watching=watching,
             key_rates=KeyRates(config.limits.data_keys_per_minute),

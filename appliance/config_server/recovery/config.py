@@ -19,6 +19,7 @@ class RecoveryConfig(Section):
     keys_folder:          private keys and known hosts for scripts over SSH; none: no SSH.
     actions_at_once:      over all runs.
     drill_seconds:        how often due drills are looked for.
+    evidence_seconds:     how long a drill waits for the screenshots of VMs that are up.
     drill_count_max:      reports of drills that are kept, the newest ones.
     """
 
@@ -27,4 +28,5 @@ class RecoveryConfig(Section):
     keys_folder: Folder | None = None
     actions_at_once: int = Field(default=16, ge=1, le=256)
     drill_seconds: float = Field(default=5.0, ge=0.05, le=3600)
+    evidence_seconds: float = Field(default=30.0, ge=0, le=600)
     drill_count_max: int = Field(default=500, ge=1, le=100_000)

@@ -1,4 +1,5 @@
-"""Which of several config servers watches: a row that one of them holds for a while.
+"""Which of several config servers watches, or looks after drills: a row that one of them holds for
+a while.
 
 Who writes events looks at the row in the same transaction, so that two never write at once, however
 their clocks differ.
@@ -24,12 +25,12 @@ class Lease(Enum):
     KEPT = 2
 
 
-async def hold(session: AsyncSession, holder: str, now_ns: int) -> Lease:
-    """Take or keep it for LEASE_SECONDS from now."""
-    row = await session.scalar(select(Setting).where(Setting.key == LEASE_KEY).with_for_update())
+async def hold(session: AsyncSession, holder: str, now_ns: int, *, key: str = LEASE_KEY) -> Lease:
+    """Take or keep it for LEASE_SECONDS from now. ``key``: of what is held."""
+    row = await session.scalar(select(Setting).where(Setting.key == key).with_for_update())
     value = {"holder": holder, "until_ns": now_ns + LEASE_SECONDS * NS}
     if row is None:
-        session.add(Setting(key=LEASE_KEY, value=value))
+        session.add(Setting(key=key, value=value))
         await session.flush()
         return Lease.TAKEN
     if row.value.get("holder") == holder:
@@ -43,8 +44,8 @@ async def hold(session: AsyncSession, holder: str, now_ns: int) -> Lease:
     return Lease.TAKEN
 
 
-async def give_up(session: AsyncSession, holder: str) -> None:
+async def give_up(session: AsyncSession, holder: str, *, key: str = LEASE_KEY) -> None:
     """Let another one have it at once."""
-    row = await session.scalar(select(Setting).where(Setting.key == LEASE_KEY).with_for_update())
+    row = await session.scalar(select(Setting).where(Setting.key == key).with_for_update())
     if row is not None and row.value.get("holder") == holder:
         row.value = {"holder": "", "until_ns": 0}

@@ -11,7 +11,6 @@ from appliance.config_server.recovery.plans.plan import Act, Member, Plan, Probl
 from appliance.config_server.recovery.run import FailoverKind
 from replication.control.recovery import PointChoice
 
-APP_CONSISTENT = "application"
 FAR_APART_NS = 15 * 60 * 10**9
 """Newest points of a plan's machines further apart than this are told of."""
 
