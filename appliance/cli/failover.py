@@ -1,5 +1,6 @@
 """``understudy failover``: from a recovery point to a machine that runs at the second site."""
 
+import uuid
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from appliance.cli.failover_choice import (
     Notes,
     PointChoice,
     confirm,
+    failovers_of,
     find_failover,
     read_script,
 )
@@ -31,7 +33,7 @@ from appliance.cli.output import (
     state_style,
     text_or_dash,
 )
-from replication.errors import ConfigError
+from replication.errors import ConfigError, NotFoundError
 
 app = typer.Typer(no_args_is_help=True, help="Run machines at the second site.")
 
@@ -255,12 +257,27 @@ def show(
 ) -> None:
     """Show a failover whole; of a machine its newest one."""
     with connect() as api:
-        newest = api.items("/failovers", {"machine": machine}, count_max=1)
-        found = newest[0] if newest else api.get(f"/failovers/{part(machine)}")
+        try:
+            newest = failovers_of(api, machine, count_max=1)
+        except NotFoundError:
+            if not _is_id(machine):
+                raise
+            newest = [api.get(f"/failovers/{part(machine)}")]
+        if not newest:
+            raise NotFoundError(f"{machine} was never failed over, nor was that tested")
+        found = newest[0]
     if as_json:
         print_json(found)
         return
     tell_failover(found)
+
+
+def _is_id(text: str) -> bool:
+    try:
+        uuid.UUID(text)
+    except ValueError:
+        return False
+    return True
 
 
 def tell_failover(found: dict[str, Any]) -> None:
@@ -327,7 +344,7 @@ def _ask(machine: str, body: dict[str, Any], *, wait: bool, as_json: bool) -> No
             return
         follow_job(api, job["id"], as_json=False, quiet=as_json)
         # The newest: the job's own, unless somebody has begun another one since it ended.
-        (found,) = api.items("/failovers", {"machine": machine, "kind": body["kind"]}, count_max=1)
+        (found,) = failovers_of(api, machine, count_max=1)
     if as_json:
         print_json(found)
     else:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from appliance.cli.api_client import ApiClient
+from appliance.cli.api_client import ApiClient, part
 from appliance.cli.output import instant, read_file
 from replication.errors import ConfigError, ConflictError, NotFoundError
 
@@ -49,7 +49,7 @@ def find_failover(
     """The open failover of a machine of one of ``kinds``; errors name what there is."""
     found = [
         each
-        for each in api.items("/failovers", {"machine": machine, "open": True})
+        for each in failovers_of(api, machine, is_open=True)
         if each["kind"] in kinds and (failover is None or each["id"] == failover)
     ]
     if with_vm:
@@ -68,6 +68,21 @@ def find_failover(
         )
         raise ConflictError(f"{machine} has {len(found)} of them: {each}", hint="--failover ID")
     return found[0]
+
+
+def failovers_of(
+    api: ApiClient, machine: str, *, is_open: bool | None = None, count_max: int | None = None
+) -> list[dict[str, Any]]:
+    """A machine's failovers, the newest first; the machine by name, or by id."""
+    params = {"machine": machine, "open": is_open}
+    found = api.items("/failovers", params, count_max=count_max)
+    if found:
+        return found
+    # Nothing by that name: is it an id, or a machine at all?
+    name = api.get(f"/machines/{part(machine)}")["name"]
+    if name == machine:
+        return []
+    return api.items("/failovers", {"machine": name, "open": is_open}, count_max=count_max)
 
 
 def read_script(path: str | None) -> str:

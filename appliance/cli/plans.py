@@ -1,5 +1,6 @@
 """``understudy plans``: which machines are recovered in which order, and what is done besides."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -187,10 +188,14 @@ def export_plan(
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="FILE", help="Instead of printing it.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Print a plan as YAML. Values of webhooks' headers are hidden."""
+    """Print a plan as YAML, or as JSON, which `import` takes as well. Values of webhooks' headers
+    are hidden.
+    """
     with connect() as api:
-        text = _yaml(api.get(f"/plans/{part(plan)}")["plan"])
+        document = api.get(f"/plans/{part(plan)}")["plan"]
+    text = json.dumps(document, indent=2) + "\n" if as_json else _yaml(document)
     if output is not None:
         write_file(output, text.encode())
     else:

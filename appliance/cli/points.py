@@ -40,10 +40,10 @@ def list_points(machine: MachineName, *, store: Store = None, as_json: AsJson = 
     with connect() as api:
         found = api.items(f"/machines/{part(machine)}/points")
     if as_json:
-        print_json(found)
+        print_json(found)  # the newest first, as the API has them
         return
     print_rows(
-        [_row(point) for point in found],
+        [_row(point) for point in reversed(found)],
         (
             Column("point", "name"),
             Column("age", "age_seconds", span, right=True),

@@ -15,7 +15,7 @@ from appliance.config_server.api.routes.jobs import JobDocument
 from appliance.config_server.caller import Caller
 from appliance.config_server.protection.jobs import JobError, JobState
 from appliance.config_server.protection.requests import Asking
-from appliance.config_server.recovery.drills.evidence import rpo_seconds, rto_seconds
+from appliance.config_server.recovery.decisions import rpo_seconds, rto_seconds
 from appliance.config_server.recovery.requests import NOTES_CHARACTERS_MAX, clean_up_run
 from appliance.config_server.recovery.run import (
     OPEN,
@@ -192,8 +192,8 @@ def _failover(row: Failover) -> RunFailover:
         point=row.point,
         point_ns=row.point_ns,
         consistency=row.consistency,
-        rto_seconds=rto_seconds(row),
-        rpo_seconds=rpo_seconds(row),
+        rto_seconds=rto_seconds(row.asked_ns, row.up_ns),
+        rpo_seconds=rpo_seconds(row.asked_source_ns, row.point_ns),
         error=JobError.model_validate(row.error) if row.error else None,
     )
 

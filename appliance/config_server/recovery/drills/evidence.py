@@ -12,6 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.protection.jobs import JobState, find_job, steps_of
+from appliance.config_server.recovery.decisions import rpo_seconds, rto_seconds
 from appliance.config_server.recovery.drills.report import (
     CONSOLE_CHARACTERS_MAX,
     SCREENSHOTS_BYTES_MAX,
@@ -35,18 +36,6 @@ from appliance.config_server.store.schema import Job
 from replication.control.recovery import EvidenceKind, VmReport
 
 _NS = 10**9
-
-
-def rto_seconds(row: Failover) -> float | None:
-    """From the request to the VM being up."""
-    return (row.up_ns - row.asked_ns) / _NS if row.up_ns else None
-
-
-def rpo_seconds(row: Failover) -> float | None:
-    """How much older than the request the point was; by the source's clock."""
-    if not row.point_ns:
-        return None
-    return max(0.0, ((row.asked_source_ns or row.asked_ns) - row.point_ns) / _NS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +126,8 @@ async def _machine(session: AsyncSession, row: Failover) -> MachineEvidence:
         point=row.point,
         point_ns=row.point_ns,
         consistency=row.consistency,
-        rto_seconds=rto_seconds(row),
-        rpo_seconds=rpo_seconds(row),
+        rto_seconds=rto_seconds(row.asked_ns, row.up_ns),
+        rpo_seconds=rpo_seconds(row.asked_source_ns, row.point_ns),
         guest=report.guest if report is not None else "",
         address=report.address if report is not None else "",
         check=told,
