@@ -1,4 +1,4 @@
-"""The compute node: ``understudy-compute --config FILE.toml [run | enrol | disk …]``."""
+"""The compute node: ``understudy-compute --config FILE.toml [run | enrol | disk … | clear]``."""
 
 import argparse
 import asyncio
@@ -9,8 +9,9 @@ import uuid
 from collections.abc import Sequence
 
 from azure_emu.compute import disk
+from azure_emu.compute.clearing import clear
 from azure_emu.compute.config import ComputeConfig
-from azure_emu.compute.node import VMS_FOLDER, Node
+from azure_emu.compute.node import NETWORKS_FOLDER, VMS_FOLDER, Node
 from azure_emu.compute.record import VmFolder
 from daemon.control_client import ControlClient
 from daemon.durable import make_folder
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     disks.add_argument("vm", type=uuid.UUID)
     disks.add_argument("index", type=int)
     disks.add_argument("name", help="the file to write, or the snapshot's name")
+    actions.add_parser("clear", help="remove every VM, disk and network (the daemon does not run)")
     options = parser.parse_args(arguments)
     bound_heap()
     try:
@@ -52,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "the compute node makes networks and runs as root",
                 hint="run it as root, as its unit does",
             )
+        if options.action == "clear":
+            asyncio.run(_clear(config))
+            return 0
     except ReplicationError as error:
         return fail(error)
     if options.action == "enrol":
@@ -116,6 +121,15 @@ async def _follow(
         task.cancel()
     await asyncio.wait(tasks)
     await node.stop()
+
+
+async def _clear(config: ComputeConfig) -> None:
+    folder = config.data_folder
+    await clear(
+        config,
+        vms_folder=os.path.join(folder, VMS_FOLDER),
+        networks_folder=os.path.join(folder, NETWORKS_FOLDER),
+    )
 
 
 async def _disk(config: ComputeConfig, verb: str, vm: uuid.UUID, index: int, name: str) -> None:
