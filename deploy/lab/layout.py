@@ -204,6 +204,15 @@ class Layout:
             f'[cache]\nconnection_string_file = "{self.path("keys", "cache.connection")}"\n\n'
             f"[service]\nhealth_port = {self.ports.health(1)}\n",
         )
+        _write(
+            self.config("compute"),
+            f'points_folder = "{self.points}"\ndata_folder = "{self.path("compute")}"\n'
+            "boots_max = 2\n\n"
+            f"{self._control('compute')}\n"
+            "# Networks of the VMs are network namespaces with these names.\n"
+            f'[network]\nnamespaces = "lab{self.ports.base}"\n\n'
+            f"[service]\nhealth_port = {self.ports.health(5)}\n",
+        )
 
     def write_agent(self, guest: Guest, health_index: int) -> None:
         """The agents of all guests run on this one machine: each is told which disks are its own,

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -79,6 +80,10 @@ class Stack:
             layout, "applier", "appliance.applier", layout.config("applier"), ports.health(1)
         )
 
+        self.compute = Background(
+            layout, "compute", "azure_emu.compute", layout.config("compute"), ports.health(5)
+        )
+
     def agent(self, name: str, index: int) -> Background:
         health = self.layout.ports.health(AGENT_HEALTH_FIRST + index)
         config = self.layout.config(f"agent-{name}")
@@ -107,12 +112,13 @@ class Stack:
             part.wait_ready()
 
     def start_second_site(self) -> None:
-        """The cache storage account, the process server and the applier, which enrol first."""
+        """The cache storage account; process server, applier and compute node, which enrol."""
         self.azure.start()
-        self.operator.enrol_all([self.process_server, self.applier])
-        for part in (self.process_server, self.applier):
+        enrolled = (self.process_server, self.applier, self.compute)
+        self.operator.enrol_all(enrolled)
+        for part in enrolled:
             part.start()
-        for part in (self.azure, self.process_server, self.applier):
+        for part in (self.azure, *enrolled):
             part.wait_ready()
 
     def start_agents(self, guests: list[Guest]) -> None:
@@ -143,6 +149,7 @@ class Stack:
             self.config_server,
             self.process_server,
             self.applier,
+            self.compute,
         ]
         with contextlib.suppress(ReplicationError):  # before the first `up` there are no guests
             parts += self.agents()
@@ -164,6 +171,7 @@ class Stack:
             part.ask_to_stop()
         for part in parts:
             part.wait_stopped()
+        left += self._clear_compute()
         with contextlib.suppress(ReplicationError):
             for guest in self.layout.guests():
                 try:
@@ -180,6 +188,14 @@ class Stack:
             except OSError as error:
                 left.append(f"{self.layout.root}: {error}")
         return left
+
+    def _clear_compute(self) -> list[str]:
+        """VMs outlive their compute node: take them away with it."""
+        if not os.path.exists(self.compute.config):
+            return []
+        command = [sys.executable, "-m", self.compute.module, "--config", self.compute.config]
+        done = subprocess.run([*command, "clear"], check=False, capture_output=True, text=True)
+        return [f"virtual machines: {done.stderr.strip()}"] if done.returncode else []
 
 
 @contextlib.contextmanager
