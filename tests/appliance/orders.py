@@ -44,6 +44,7 @@ class Orders:
 
     reports: the newest of each node, as it came.
     asked:   nodes and machines whose data keys were asked for, in order.
+    points:  the newest list of points of each machine; lists: how many came.
     """
 
     def __init__(self, folder: Path, port: int) -> None:
@@ -57,6 +58,9 @@ class Orders:
         self.data_keys: dict[uuid.UUID, bytes] = {}
         self.asked: list[tuple[uuid.UUID, uuid.UUID]] = []
         self.key_seconds = 0.0
+        self.points: dict[uuid.UUID, dict[str, Any]] = {}
+        self.lists = 0
+        self.takes_points = True
         make_folder(str(folder))
         write_whole(str(folder / CA_FILE), certificate_pem(self._issuer.certificate))
         self._server = self._pair("config-server", CONFIG_SERVER_UNIT, ("127.0.0.1",))
@@ -82,6 +86,7 @@ class Orders:
             [
                 web.get("/api/v1/node/assignment", self._give_assignment),
                 web.post("/api/v1/node/reports", self._take_report),
+                web.post("/api/v1/node/points", self._take_points),
                 web.post("/api/v1/node/certificate", self._renew),
                 web.get("/api/v1/node/data-keys/{machine}", self._give_data_key),
             ]
@@ -156,6 +161,15 @@ class Orders:
         self.reports[node] = json.loads(await request.read())
         answer = ReportAnswer(time_ns=time.time_ns(), assignment=0)
         return web.Response(body=answer.model_dump_json().encode(), content_type="application/json")
+
+    async def _take_points(self, request: web.Request) -> web.Response:
+        if not self.takes_points:
+            refusal = {"code": "limit", "message": "too many", "hint": "", "details": {}}
+            return web.json_response(refusal, status=429)
+        told = json.loads(await request.read())
+        self.points[uuid.UUID(told["machine"])] = told
+        self.lists += 1
+        return web.Response(status=204)
 
     async def _renew(self, request: web.Request) -> web.Response:
         node = _node(request)

@@ -8,9 +8,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,98 +21,29 @@ from daemon.assignment_memory import HEALTH_PART
 from daemon.folder_lock import FolderLock
 from replication.bookmark import Stamp
 from replication.cache_layout import machine_prefix
-from replication.control.assignment import AppliedMachine, ApplierAssignment
+from replication.control.assignment import AppliedMachine
 from replication.control.memory import RESTORED_STEP
-from replication.control.role import NodeRole
 from replication.errors import UnavailableError
+from tests.appliance.applier.controlled import (
+    NODE,
+    known,
+    mounted,
+    named,
+    store_of,
+    told,
+    until,
+)
 from tests.appliance.applier.running import WAIT_SECONDS_MAX, ApplierProcess, Site
-from tests.appliance.applier.source import Source, a_source
-from tests.appliance.applier.test_process import health_of, running
+from tests.appliance.applier.source import a_source
+from tests.appliance.applier.test_process import health_of
 from tests.appliance.orders import Orders
-from tests.azure_emu.fixtures import free_ports
 
-NODE = uuid.uuid4()
 REMOVE = """
 import sys, uuid
 from appliance.applier.removal import remove_store
 print("begun", flush=True)
 remove_store(sys.argv[1], uuid.UUID(sys.argv[2]))
 """
-
-
-@pytest.fixture
-async def orders(tmp_path: Path) -> AsyncIterator[Orders]:
-    async with Orders(tmp_path / "orders", free_ports(1)[0]) as orders:
-        orders.identity(tmp_path / "identity", NodeRole.APPLIER, NODE)
-        yield orders
-
-
-@pytest.fixture
-def health_port() -> int:
-    return free_ports(1)[0]
-
-
-@pytest.fixture
-def spawn(site: Site, orders: Orders, health_port: int) -> Callable[[], ApplierProcess]:
-    path = site.folder / "controlled.toml"
-    path.write_text(
-        f"""store = "{site.store}"
-sweep_seconds = 0.05
-points_mount = "{site.folder / "points"}"
-[cache]
-folder = "{site.cache["folder"]}"
-[control]
-config_server = "{orders.url}"
-identity_folder = "{site.folder / "identity"}"
-report_seconds = 0.2
-wait_seconds = 2.0
-[service]
-health_port = {health_port}
-"""
-    )
-
-    def start() -> ApplierProcess:
-        return ApplierProcess(path, site.folder / "applier.log")
-
-    return start
-
-
-@contextlib.contextmanager
-def mounted(process: ApplierProcess, site: Site) -> Iterator[ApplierProcess]:
-    try:
-        with running(process):
-            yield process
-    finally:
-        points = str(site.folder / "points")
-        subprocess.run(["fusermount3", "-uz", points], check=False, capture_output=True)
-
-
-def named(source: Source, name: str, **changed: Any) -> AppliedMachine:
-    return AppliedMachine(id=source.machine, name=name, **changed)
-
-
-def told(
-    version: int, *machines: AppliedMachine, removed: tuple[uuid.UUID, ...] = ()
-) -> ApplierAssignment:
-    return ApplierAssignment(version=version, machines=machines, removed=removed)
-
-
-async def until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS_MAX
-    while not holds():
-        assert time.monotonic() < deadline, "it does not come true"
-        await asyncio.sleep(0.05)
-
-
-def store_of(orders: Orders, source: Source) -> dict[str, Any]:
-    """What the newest report says of a machine; empty when nothing."""
-    stores = orders.reports.get(NODE, {}).get("stores", [])
-    return next((one for one in stores if one["machine"] == str(source.machine)), {})
-
-
-def known(orders: Orders, *sources: Source) -> None:
-    for source in sources:
-        orders.data_keys[source.machine] = source.data_key
 
 
 async def test_machines_come_change_and_go_while_it_runs(
