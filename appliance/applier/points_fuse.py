@@ -62,7 +62,7 @@ TASKS_MAX = 32
 FOLDER_SECONDS = 1.0
 """How long the kernel may believe a listing; files never change, so those it may keep."""
 MISS_SECONDS = 0.1
-"""How old a listing is at least before a name that it lacks is looked for anew."""
+"""How old the listing of machines is before one that it lacks is looked for anew: that costs."""
 FILE_SECONDS = 300.0
 LOOK_SECONDS = 2.0
 """Between two looks for views that nobody reads, or whose machine is gone."""
@@ -231,7 +231,7 @@ class PointsTree(pyfuse3.Operations):
         """By its name; what a listing does not have is looked for anew, it may have just come."""
         found = self._find(parent, name)
         if found is None and parent.position is None:
-            self._forget_old_listings()
+            self._forget_listing(parent)
             found = self._find(parent, name)
         return found
 
@@ -240,14 +240,12 @@ class PointsTree(pyfuse3.Operations):
             return Node(name) if self._store_of(name) is not None else None
         return dict(self._children(parent)).get(name)
 
-    def _forget_old_listings(self) -> None:
-        """Unless they are just made: a name that is nowhere costs no more than a few looks."""
-        newest = time.monotonic() + FOLDER_SECONDS - MISS_SECONDS
-        if self._listed_machines[0] < newest:
+    def _forget_listing(self, parent: Node) -> None:
+        store = self._store_of(parent.machine)
+        if store is not None:
+            self._listed_points.pop(store.machine, None)
+        elif self._listed_machines[0] < time.monotonic() + FOLDER_SECONDS - MISS_SECONDS:
             self._listed_machines = (0.0, {})
-        for machine, (until, _) in list(self._listed_points.items()):
-            if until < newest:
-                self._listed_points.pop(machine, None)
 
     def _store_of(self, name: str | None) -> ReaderStore | None:
         """The machine with that folder, or with that id."""

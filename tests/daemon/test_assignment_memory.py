@@ -46,6 +46,7 @@ class Disk:
         self.memory.accept(kept)
         assert kept.version == version
         assert bool(self.health.warnings) is not bool(kept.removed)
+        assert self.memory.is_older is not bool(kept.removed)
         return bool(kept.removed)
 
 
@@ -57,6 +58,7 @@ def test_what_was_followed_outlives_restarts(tmp_path: Path) -> None:
         disk.start()
         assert disk.memory.assignment is not None
         assert disk.memory.assignment.version == version
+        assert disk.memory.is_older is not heard[-1]
     assert heard == [True, True, False, False, True, True, False]
     assert stat.S_IMODE((tmp_path / FOLLOWED_FILE).stat().st_mode) == 0o600
 
@@ -99,7 +101,10 @@ def test_a_damaged_file_leaves_what_the_assignment_tells(tmp_path: Path, left: s
     (tmp_path / ASSIGNMENT_FILE).write_text(left)
     disk.start()
     assert disk.memory.assignment is None
-    assert disk.memory.take(told(36)).removed == ()
+    taken = disk.memory.take(told(36))
+    assert taken.removed == ()
+    disk.memory.accept(taken)
+    assert disk.memory.is_older
     assert Followed.model_validate_json((tmp_path / FOLLOWED_FILE).read_bytes()).highest == 40
 
 

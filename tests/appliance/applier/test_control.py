@@ -3,9 +3,6 @@
 import asyncio
 import contextlib
 import os
-import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -35,15 +32,9 @@ from tests.appliance.applier.controlled import (
 )
 from tests.appliance.applier.running import WAIT_SECONDS_MAX, ApplierProcess, Site
 from tests.appliance.applier.source import a_source
+from tests.appliance.applier.store.test_crash import kill_before
 from tests.appliance.applier.test_process import health_of
 from tests.appliance.orders import Orders
-
-REMOVE = """
-import sys, uuid
-from appliance.applier.removal import remove_store
-print("begun", flush=True)
-remove_store(sys.argv[1], uuid.UUID(sys.argv[2]))
-"""
 
 
 async def test_machines_come_change_and_go_while_it_runs(
@@ -151,7 +142,7 @@ async def test_streams_go_on_without_the_config_server_also_after_a_restart(
         await changesets[2].put(site.account)
         began = time.monotonic()
         await site.until_applied(source, Stamp(1, 3))
-        assert time.monotonic() - began < 10  # it does not wait for the key that cannot be had
+        assert time.monotonic() - began < 30  # it does not wait for the key that cannot be had
         known(orders, stranger)
         await orders.come_back()
         await stranger.changeset().put(site.account)
@@ -263,23 +254,20 @@ async def test_killed_while_it_fetches_a_data_key_it_fetches_it_again(
 
 
 def test_killed_anywhere_in_a_removal_it_is_whole_or_goes_on(tmp_path: Path) -> None:
-    names = {f"{number:05}" for number in range(1000)}
+    names = {f"{number:05}" for number in range(100)}
     seen = set()
-    for round_ in range(7):
+    for nth in (0, 1, 2, 3, 40, 1000):
         machine = uuid.uuid4()
         folder = tmp_path / "machines" / str(machine) / "layers"
         folder.mkdir(parents=True)
         for name in names:
             (folder / name).touch()
-        process = subprocess.Popen(
-            [sys.executable, "-c", REMOVE, str(tmp_path), str(machine)], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.003 * round_)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        child = os.fork()
+        if child == 0:
+            kill_before(nth)
+            remove_store(str(tmp_path), machine)
+            os._exit(0)
+        os.waitpid(child, 0)
         left = [one.name for one in (tmp_path / "machines").iterdir()]
         if str(machine) in left:
             assert set(os.listdir(folder)) == names
@@ -290,7 +278,7 @@ def test_killed_anywhere_in_a_removal_it_is_whole_or_goes_on(tmp_path: Path) -> 
             seen.add("begun" if left else "done")
             finish_removals(str(tmp_path))
         assert os.listdir(tmp_path / "machines") == []
-    assert len(seen) > 1
+    assert seen == {"whole", "begun", "done"}
 
 
 def test_store_that_another_process_has_open_is_not_removed(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from appliance.applier.points_fuse import export
+from appliance.applier.store.point_names import point_name
 from appliance.applier.store.reader_store import machine_folder
 from tests.appliance.applier.store.recorded_machine import (
     BLOCK,
@@ -99,6 +101,29 @@ def test_every_file_equals_its_image(mount: Mount, machine: RecordedMachine) -> 
     latest = mount.folder / "web-01" / "latest"
     assert latest.resolve() == points[6]
     assert (latest / "disk1.img").stat().st_size == 33 * BLOCK
+
+
+def test_a_machine_is_found_by_its_id_whatever_it_is_called(
+    mount: Mount, machine: RecordedMachine
+) -> None:
+    mount.start()
+    by_id = mount.folder / str(MACHINE)
+    assert os.listdir(mount.folder) == ["web-01"]
+    assert sorted(os.listdir(by_id)) == sorted(os.listdir(mount.folder / "web-01"))
+    name = points_of(mount)[6].name
+    with machine.open() as store, (by_id / name / "disk0.img").open("rb") as reading:
+        head = reading.read(BLOCK)
+        store.rename(str(uuid.UUID(int=9)))  # the id of another one takes nobody in
+        until = time.monotonic() + 20
+        while os.listdir(mount.folder) != [str(MACHINE)]:
+            assert time.monotonic() < until
+        assert not (mount.folder / str(uuid.UUID(int=9))).exists()
+        assert head + reading.read() == machine.images[6][0]
+        assert (by_id / name / "disk1.img").read_bytes() == machine.images[6][1]
+        position = machine.apply(store)
+        (newest,) = [point_name(p) for p in store.points() if p.position == position]
+        # Right after the listing that does not have it yet.
+        assert (by_id / newest / "disk1.img").read_bytes() == machine.images[position][1]
 
 
 def test_nothing_can_be_written(mount: Mount) -> None:

@@ -21,6 +21,7 @@ from replication.control.memory import (
     judge,
     without_losses,
 )
+from replication.control.recovery import HOLDS_MAX, Hold
 
 IDS = [uuid.UUID(int=number) for number in range(1, 5)]
 VERSIONS = st.integers(0, 1 << 40)
@@ -48,11 +49,19 @@ applied = st.builds(
     retention_seconds=st.integers(0, 10**6),
     crash_frequency_seconds=st.integers(0, 10**4),
 )
+holds = st.builds(
+    Hold,
+    id=st.sampled_from(IDS),
+    machine=st.sampled_from(IDS),
+    choice=st.sampled_from(["latest", "latest-processed"]),
+    until_ns=st.integers(0, 9),
+)
 appliers = st.builds(
     ApplierAssignment,
     version=VERSIONS,
     machines=st.lists(applied, unique_by=lambda one: one.id).map(tuple),
     removed=SOME,
+    holds=st.lists(holds, unique_by=lambda one: one.id).map(tuple),
 )
 
 
@@ -154,6 +163,25 @@ def test_an_applier_removes_nothing_and_thins_no_sooner(
             assert one.retention_seconds >= policy.retention_seconds
             assert one.crash_frequency_seconds <= policy.crash_frequency_seconds
         assert (one.keep, one.apply) == (said.keep, said.apply)
+    named = {one.id: one for one in newer.holds}
+    held = {one.id: one for one in before.holds} if before else {}
+    assert [one.id for one in kept.holds[: len(named)]] == [one.id for one in newer.holds]
+    assert {one.id for one in kept.holds} == {*named, *held}
+    for hold in kept.holds:
+        said_hold = named.get(hold.id, held.get(hold.id))
+        assert said_hold is not None
+        until_ns = max(said_hold.until_ns, held.get(hold.id, said_hold).until_ns)
+        assert hold == said_hold.model_copy(update={"until_ns": until_ns})
+
+
+def test_what_an_assignment_cannot_hold_of_an_older_memory_is_what_it_does_not_name() -> None:
+    def many(count: int) -> tuple[Hold, ...]:
+        return tuple(Hold(id=uuid.uuid4(), machine=IDS[0], choice="latest") for _ in range(count))
+
+    newer = ApplierAssignment(version=1, holds=many(1000))
+    kept = without_losses(newer, ApplierAssignment(version=2, holds=many(1000)))
+    assert len(kept.holds) == HOLDS_MAX
+    assert set(newer.holds) <= set(kept.holds)
 
 
 @pytest.mark.parametrize("kept", ["", "{", '{"highest": -1}', '{"highest": "x"}'])
