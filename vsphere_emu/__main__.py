@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _remove(guests, delete_disks=asked.delete_disks)
         else:
             for guest in guests:
-                _act(guest, action)
+                _act(guest, "power-cut" if getattr(asked, "cut", False) else action)
         _show([guest.status() for guest in guests], as_json=asked.json)
     except ReplicationError as error:
         return fail(error)
@@ -60,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("guests", nargs="*", metavar="GUEST", help="all, if none is named")
         if name == "remove":
             action.add_argument("--delete-disks", action="store_true", help="the VMDKs too")
+        if name == "power-off":
+            action.add_argument("--cut", action="store_true", help="as a power cut does")
     actions.add_parser("serve", help="play the vCenter of [vcenter] until SIGTERM or SIGINT")
     workload = actions.add_parser("workload", help="what guests do with their disks")
     workload.add_argument("workload_action", choices=("start", "stop", "status"))
@@ -73,6 +75,8 @@ def _act(guest: Guest, action: str) -> None:
             guest.power_on()
         case "power-off":
             guest.power_off()
+        case "power-cut":
+            guest.cut_power()
         case "workload-start":
             guest.start_workload()
         case "workload-stop":

@@ -5,12 +5,14 @@ found by the next run.
 """
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
 import re
 import stat
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from daemon.durable import storage_error
@@ -20,6 +22,8 @@ from vsphere_emu.tool import run_tool, tail, try_tool
 BUSY_SECONDS_MAX = 10.0
 BUSY_INTERVAL_SECONDS = 0.1
 FITHAW = 0xC0045878  # linux/fs.h: _IOWR('X', 120, int)
+SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32): XFS_IOC_GOINGDOWN, EXT4_IOC_SHUTDOWN
+SHUTDOWN_AT_ONCE = 2  # XFS_FSOP_GOING_FLAGS_NOLOGFLUSH, EXT4_GOING_FLAGS_NOLOGFLUSH
 _DELETED = " (deleted)"
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
@@ -58,6 +62,25 @@ def attach(path: str) -> str:
     return run_tool("losetup", "--find", "--show", "--direct-io=off", path).strip()
 
 
+def begin_detach(path: str) -> tuple[str, ...]:
+    """Have every loop device over ``path`` go as soon as the last one closes it; returns them.
+
+    Who has it open can see that: ``loop/autoclear`` is 1 then.
+    """
+    found = loops_of(path)
+    for device in found:
+        try_tool("losetup", "--detach", device)  # detached meanwhile is fine
+    return found
+
+
+def forget_partitions(devices: Sequence[str]) -> None:
+    """Of loop devices that were detached while a partition was in use: it outlives them."""
+    for device in devices:
+        name = os.path.basename(device)
+        if _partitions(device) and not os.path.exists(f"/sys/block/{name}/loop/backing_file"):
+            try_tool("partx", "--delete", device)
+
+
 def detach(path: str) -> None:
     """Detach every loop device over ``path`` and make the file durable; fine if there is none.
 
@@ -67,7 +90,7 @@ def detach(path: str) -> None:
     for device in loops_of(path):
         if _partitions(device):
             try_tool("partx", "--delete", device)  # they would outlive what they are parts of
-        try_tool("losetup", "--detach", device)  # detached meanwhile is fine: looked up below
+    begin_detach(path)
     deadline = time.monotonic() + BUSY_SECONDS_MAX
     while remaining := loops_of(path):
         if time.monotonic() > deadline:
@@ -184,22 +207,50 @@ def unmount(point: str) -> None:
             time.sleep(BUSY_INTERVAL_SECONDS)
 
 
+def cut_off(point: str) -> None:
+    """What is mounted at ``point`` reaches its disk no more, as in a power cut; then it is thawed.
+
+    Whoever waits for it gets an error. A kind that cannot be cut off is thawed alone. Fine if
+    nothing is mounted there.
+    """
+    if mounted_at(point) is None:
+        return
+    fd = _opened(point)
+    if fd is None:
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(fd, SHUTDOWN, SHUTDOWN_AT_ONCE.to_bytes(4, "little"))
+        with contextlib.suppress(OSError):  # it was not frozen
+            fcntl.ioctl(fd, FITHAW, 0)
+    finally:
+        os.close(fd)
+
+
 def unmount_by_force(point: str) -> None:
     """Unmount ``point`` though it is frozen or held: its name is gone now, it when released."""
     if mounted_at(point) is None:
         return
-    fd = os.open(point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.ioctl(fd, FITHAW, 0)
-    except OSError:
-        pass  # it was not frozen
-    finally:
+    fd = _opened(point)
+    if fd is not None:
+        with contextlib.suppress(OSError):  # it was not frozen
+            fcntl.ioctl(fd, FITHAW, 0)
         os.close(fd)
     try:
         unmount(point)
     except StorageError:
         while mounted_at(point) is not None:
             run_tool("umount", "--lazy", point)
+
+
+def _opened(point: str) -> int | None:
+    """The root of what is mounted there; None where it is cut off already and lets nobody in."""
+    try:
+        return os.open(point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise storage_error("open", point, error) from error
+        return None
 
 
 def _holders(path: str) -> str:

@@ -20,15 +20,16 @@ class PowerSwitch:
         self.guest = guest
         self.trouble = ""
         self._wanted: bool | None = None
+        self._is_cut = False
         self._news = asyncio.Event()
 
     def is_on(self) -> bool:
         """What the VM is: as it was wished last, else as the guest is."""
         return self.guest.status().is_powered_on if self._wanted is None else self._wanted
 
-    def turn(self, *, on: bool) -> None:
-        """Wish for it; only the newest wish counts."""
-        self._wanted = on
+    def turn(self, *, on: bool, cut: bool = False) -> None:
+        """Wish for it; only the newest wish counts. cut: off as by a power cut."""
+        self._wanted, self._is_cut = on, cut
         self._news.set()
 
     async def follow(self) -> None:
@@ -40,21 +41,23 @@ class PowerSwitch:
             except TimeoutError:
                 pass
             self._news.clear()
-            wanted = self._wanted
+            wanted, is_cut = self._wanted, self._is_cut
             if wanted is None:
                 continue
             try:
-                await asyncio.to_thread(self._bring_about, wanted)
+                await asyncio.to_thread(self._bring_about, on=wanted, cut=is_cut)
             except ReplicationError as error:
                 self.trouble = str(error)
                 continue
             self.trouble = ""
             _log.info("guest follows its VM", guest=self.guest.config.name, on=wanted)
 
-    def _bring_about(self, wanted: bool) -> None:
-        if wanted:
+    def _bring_about(self, *, on: bool, cut: bool) -> None:
+        if on:
             self.guest.power_on()
             self.guest.start_workload()
+        elif cut:
+            self.guest.cut_power()
         else:
             self.guest.power_off()
 

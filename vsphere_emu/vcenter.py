@@ -140,6 +140,8 @@ class VCenter:
         match told:
             case {"ready": str()}:
                 self._answers = True
-            case {"machine": str(name), "is_on": bool(is_on)} if name in self.switches:
-                _log.info("VM's power changed", machine=name, on=is_on)
-                self.switches[name].turn(on=is_on)
+            case {"machine": str(name), "is_on": bool(is_on), "is_cut": bool(is_cut)} if (
+                name in self.switches
+            ):
+                _log.info("VM's power changed", machine=name, on=is_on, cut=is_cut)
+                self.switches[name].turn(on=is_on, cut=is_cut)

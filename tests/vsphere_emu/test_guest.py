@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from replication.errors import ConfigError, StorageError
-from tests.vsphere_emu.conftest import MakeGuest
+from tests.vsphere_emu.conftest import MakeGuest, is_alive
 from vsphere_emu import block_device
 from vsphere_emu.config import DiskConfig
 from vsphere_emu.guest import Guest
@@ -241,3 +241,37 @@ def test_partition_left_by_a_run_that_was_cut_off_is_found(
     assert partitions_of(status.device) != []
     guest.power_on()
     assert guest.status().disks[0] == status
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_power_cut_changes_no_byte_of_a_frozen_disk(make_guest: MakeGuest, kind: str) -> None:
+    work = {"kind": "files", "disk": "data", "changes_per_second": 200}
+    guest = make_guest(name="web-01", disks=[disk(kind), disk("none", "raw")], workload=work)
+    guest.power_on()
+    pid = guest.start_workload()
+    assert pid is not None
+    subprocess.run(["fsfreeze", "--freeze", f"{guest.folder}/data"], check=True)
+    flats = flat_paths(guest)
+    before = Path(flats[0]).read_bytes()
+    guest.cut_power()
+    assert Path(flats[0]).read_bytes() == before
+    assert not is_alive(pid)
+    assert not any(block_device.loops_of(flat) for flat in flats)
+    assert not guest.status().is_powered_on
+    guest.cut_power()
+    guest.power_on()
+    assert os.listdir(f"{guest.folder}/data/files")
+    guest.power_off()
+
+
+def test_power_cut_writes_nothing_out(make_guest: MakeGuest) -> None:
+    guest = make_guest(name="web-01", disks=[disk("ext4")])
+    guest.power_on()
+    with open(f"{guest.folder}/data/kept", "wb", buffering=0) as file:
+        file.write(b"kept")
+        os.fsync(file.fileno())
+    Path(f"{guest.folder}/data/lost").write_bytes(b"in memory alone")
+    guest.cut_power()
+    guest.power_on()
+    assert Path(f"{guest.folder}/data/kept").read_bytes() == b"kept"
+    assert not Path(f"{guest.folder}/data/lost").exists()

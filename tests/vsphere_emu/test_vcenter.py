@@ -74,6 +74,25 @@ def test_power_of_a_vm_starts_and_stops_its_guest(make_vcenter: MakeVCenter) -> 
     assert not client.properties(vm, "guest.ipAddress").get("guest.ipAddress")
 
 
+def test_power_off_cuts_and_shutdown_writes_out(make_vcenter: MakeVCenter) -> None:
+    vcenter = make_vcenter("east", [WEB])
+    client = vcenter.client()
+    vm = client.vm("web-01")
+    kept = []
+    for number, switch_off in enumerate((vm.PowerOffVM_Task, vm.ShutdownGuest)):
+        client.finish(vm.PowerOnVM_Task())
+        (disk,) = await_power(vcenter, "web-01", on=True).disks
+        folder = Path(str(disk.mount))
+        kept.append([(folder / str(before)).exists() for before in range(number)])
+        (folder / str(number)).write_text("in memory alone")
+        switch_off()
+        await_power(vcenter, "web-01", on=False)
+    client.finish(vm.PowerOnVM_Task())
+    (disk,) = await_power(vcenter, "web-01", on=True).disks
+    kept.append([Path(f"{disk.mount}/{number}").exists() for number in range(2)])
+    assert kept == [[], [False], [False, True]]
+
+
 def test_state_of_guests_and_names_of_vms_survive_its_death(make_vcenter: MakeVCenter) -> None:
     vcenter = make_vcenter("east", [small_guest("a"), small_guest("b"), small_guest("c")])
     client = vcenter.client()

@@ -26,6 +26,7 @@ type Power struct {
 type change struct {
 	ref   types.ManagedObjectReference
 	state types.VirtualMachinePowerState
+	isCut bool
 }
 
 func watchPower(ctx *simulator.Context, fixture *Fixture) *Power {
@@ -66,10 +67,18 @@ func (p *Power) UpdateObject(_ *simulator.Context, obj mo.Reference, all []types
 	if obj.Reference().Type != "VirtualMachine" {
 		return
 	}
+	var state types.VirtualMachinePowerState
+	hasDevices := false
 	for _, one := range all {
-		if state, ok := one.Val.(types.VirtualMachinePowerState); ok && one.Name == "runtime.powerState" {
-			p.changes <- change{obj.Reference(), state}
+		if told, ok := one.Val.(types.VirtualMachinePowerState); ok && one.Name == "runtime.powerState" {
+			state = told
 		}
+		hasDevices = hasDevices || one.Name == "config.hardware.device"
+	}
+	if state != "" {
+		// The simulator's PowerOffVM_Task disconnects devices in the same step, its ShutdownGuest does not.
+		isCut := hasDevices && state == types.VirtualMachinePowerStatePoweredOff
+		p.changes <- change{obj.Reference(), state, isCut}
 	}
 }
 
@@ -84,7 +93,8 @@ func (p *Power) run() {
 			continue
 		}
 		isOn := change.state == types.VirtualMachinePowerStatePoweredOn
-		if err := out.Encode(map[string]any{"machine": machine.Name, "is_on": isOn}); err != nil {
+		told := map[string]any{"machine": machine.Name, "is_on": isOn, "is_cut": change.isCut}
+		if err := out.Encode(told); err != nil {
 			fmt.Fprintln(os.Stderr, "cannot tell of power:", err)
 		}
 		p.ctx.Map.WithLock(apart, vm, func() { p.showGuest(vm, machine, change.state) })

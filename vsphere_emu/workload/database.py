@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -214,14 +215,50 @@ def find_binaries() -> str:
 
 def stop_stray(data_mount: str) -> None:
     """End a server whose workload is gone, found by its postmaster.pid; fine if there is none."""
-    for folder in (os.path.join(data_mount, name) for name in ("postgresql", "postgresql.new")):
-        try:
-            with open(os.path.join(folder, "postmaster.pid")) as file:
-                pid = int(file.readline())
-        except (OSError, ValueError):
-            continue  # no server has been here, or it ended in good order
-        life.end_process(pid, functools.partial(_works_in, pid, folder), STRAY_STEPS)
+    for folder in _folders(data_mount):
+        if told := _pid_file(folder):
+            pid = int(told[0])
+            life.end_process(pid, functools.partial(_works_in, pid, folder), STRAY_STEPS)
     shutil.rmtree(socket_folder(data_mount), ignore_errors=True)
+
+
+def server_of(data_mount: str) -> int | None:
+    """The process id of the server that works on that mount; None if there is none."""
+    for folder in _folders(data_mount):
+        told = _pid_file(folder)
+        if told and _works_in(int(told[0]), folder):
+            return int(told[0])
+    return None
+
+
+def shared_memory_of(data_mount: str) -> list[str]:
+    """System V segments of the server of that mount, which outlive it when it is killed.
+
+    Source: the seventh line of postmaster.pid (miscadmin.h): key and id.
+    """
+    told = [_pid_file(folder) for folder in _folders(data_mount)]
+    return [lines[6].split()[1] for lines in told if len(lines) > 6 and len(lines[6].split()) == 2]
+
+
+def forget_server(data_mount: str, shared_memory: Sequence[str]) -> None:
+    """Remove what a server that was killed has left outside of the mount."""
+    for segment in shared_memory:
+        try_tool("ipcrm", "--shmem-id", segment)  # gone already is fine
+    shutil.rmtree(socket_folder(data_mount), ignore_errors=True)
+
+
+def _folders(data_mount: str) -> tuple[str, ...]:
+    return tuple(os.path.join(data_mount, name) for name in ("postgresql", "postgresql.new"))
+
+
+def _pid_file(folder: str) -> list[str]:
+    """The lines of postmaster.pid; none where no server is, or it ended in good order."""
+    try:
+        with open(os.path.join(folder, "postmaster.pid")) as file:
+            lines = file.read().splitlines()
+    except (OSError, ValueError):
+        return []
+    return lines if lines and lines[0].isdecimal() else []
 
 
 def _works_in(pid: int, folder: str) -> bool:
