@@ -164,14 +164,14 @@ class Capture:
         try:
             counts = look([disk.device for disk in self.disks])
             peeked = peek_running(self.disks)
-            wanted = _union(last, peeked)
+            wanted = union(last, peeked)
             if size_of(wanted) > 3 * self.config.freeze_bytes_max:
                 broken = (
                     f"{size_of(wanted)} bytes had changed between the last round and the freeze"
                 )
             else:
                 read = list(self._contents(wanted))
-                self._audit.refresh(_union(self._touched, wanted))
+                self._audit.refresh(union(self._touched, wanted))
             broken = broken or self._written_in_spite(peeked, counts)
         except CaptureError as error:
             broken = str(error)
@@ -184,7 +184,7 @@ class Capture:
             self._send_live(last)
         for content in read:
             self.builder.add(content)
-        sent = _union(self.state.todo, peeked) if read else self.state.todo
+        sent = union(self.state.todo, peeked) if read else self.state.todo
         if broken:
             return self._end(Consistency.NONE, broken, sent, pause_ns=result.pause_ns)
         return self._end(self._promise, downgraded, sent, at_ns=frozen_ns, pause_ns=result.pause_ns)
@@ -236,7 +236,7 @@ class Capture:
         with clone:
             at_ns = clone.taken_ns
             peeked = peek_running(self.disks)
-            wanted = _union(last, peeked)
+            wanted = union(last, peeked)
             for content in contents(disk.index, wanted[disk.index].runs(), clone.read_blocks):
                 self.builder.add(content)
         self._audit, self._audit_chunk = AuditSample([]), self.state.position.audit_chunk
@@ -378,7 +378,8 @@ def merge_new(into: BlockSets, sets: BlockSets) -> None:
             into[disk] = blocks.copy()
 
 
-def _union(left: BlockSets, right: BlockSets) -> BlockSets:
+def union(left: BlockSets, right: BlockSets) -> BlockSets:
+    """The blocks of both, as a set of their own."""
     made: BlockSets = {}
     merge_new(made, left)
     merge_new(made, right)

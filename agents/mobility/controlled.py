@@ -16,6 +16,7 @@ import structlog
 from agents.mobility.app_scripts import run_post_if_due
 from agents.mobility.config import AgentConfig
 from agents.mobility.controlled_config import ControlledConfig, assigned_config
+from agents.mobility.final_order import NOTHING_TOLD, FinalBook, FinalTold
 from agents.mobility.host import read_host
 from agents.mobility.inventory import find, read_inventory
 from agents.mobility.machine_folder import forget, hold, machine_folder
@@ -67,8 +68,8 @@ async def serve(config: ControlledConfig, service: Service) -> None:
         on_renewed=on_renewed,
     )
     machine = client.identity.node
-    agent = ControlledAgent(config, service, client, AgentMeasures(service.registry))
     with hold(config.state_folder, machine):
+        agent = ControlledAgent(config, service, client, AgentMeasures(service.registry))
         _run_owed_scripts(config, machine_folder(config.state_folder, machine))
         async with client, asyncio.TaskGroup() as tasks:
             tasks.create_task(client.run(agent.report), name="control")
@@ -100,6 +101,13 @@ class ControlledAgent:
         self._service = service
         self._client = client
         self._measures = measures
+        loop = asyncio.get_running_loop()
+
+        def on_change() -> None:  # from whichever thread found it
+            loop.call_soon_threadsafe(client.report_now)
+
+        folder = machine_folder(config.state_folder, client.identity.node)
+        self._final = FinalBook(folder, on_change)
         self._host = read_host(config.control.bios_uuid)
         self._load = LoadMeter()
         self._started_ns = time.time_ns()
@@ -109,6 +117,7 @@ class ControlledAgent:
         self._running: Running | None = None
         self._paths: tuple[str, ...] = ()
         self._moved = False
+        self._is_missing = False
         self._status: AgentStatus | None = None
         self._failure = ""
 
@@ -126,6 +135,9 @@ class ControlledAgent:
                 protected=assignment.protected,
                 replicate=assignment.replicate,
                 disks=len(assignment.disks),
+            )
+            await asyncio.to_thread(
+                self._final.want, assignment.final, assignment.final_seconds_max
             )
             self._wanted = assignment
             self._nudged.set()
@@ -164,7 +176,7 @@ class ControlledAgent:
             await self._forget(assignment)
             await self._wait()
         elif not assignment.replicate:
-            self._stand_still()
+            await self._stand_still()
             await self._wait()
         else:
             await self._replicate(assignment)
@@ -172,6 +184,7 @@ class ControlledAgent:
     async def _forget(self, assignment: MachineAssignment) -> None:
         """Protection has ended, because the config server says so."""
         await asyncio.to_thread(forget, self._config.state_folder, assignment.machine)
+        await asyncio.to_thread(self._final.clear)
         self._client.forget_data_key(assignment.machine)
         self._measures.status = self._status = None
         self._recover()
@@ -183,8 +196,10 @@ class ControlledAgent:
         ).write()
         self._client.report_now()
 
-    def _stand_still(self) -> None:
+    async def _stand_still(self) -> None:
         """Nothing is sent; the kernel goes on tracking."""
+        if (final := self._final.wanted) is not None and self._final.is_due:
+            await asyncio.to_thread(self._final.fail, final.number, "nothing is replicated")
         if self._status is not None:
             self._status.enter(Phase.IDLE)
             self._status.write()
@@ -202,6 +217,7 @@ class ControlledAgent:
                 Service(stop, health, self._service.registry),
                 on_running=self._on_running,
                 order=self._order,
+                final=self._final,
                 server_unit=NodeRole.PROCESS_SERVER,
             ),
             name="run",
@@ -307,14 +323,30 @@ class ControlledAgent:
             load=self._load.read(),
             status=self._status,
             failure=self._failure,
+            final=await self._final_told(),  # last: it is as of now
         )
         return machine_report(situation, self._service.health)
 
+    async def _final_told(self) -> FinalTold:
+        """Nothing of an order that is not the one of the assignment which the report names."""
+        newest, wanted = self._client.assignment, self._final.wanted
+        if newest is None or wanted is None or newest.final != wanted.number:
+            return NOTHING_TOLD
+        return await asyncio.to_thread(self._final.told)
+
     def _look_for_moves(self, devices: Sequence[BlockDevice]) -> None:
-        """A disk that is found under another path now needs a run that opens it there."""
-        if self._running is None or self._wanted is None:
+        """A disk that is found under another path now needs a run that opens it there.
+
+        One that was missing and has come is tried at once.
+        """
+        if self._wanted is None or not self._wanted.replicate:
             return
         found = [find(devices, disk.device) for disk in self._wanted.disks]
+        was_missing, self._is_missing = self._is_missing, None in found
+        if self._running is None:
+            if was_missing and not self._is_missing:
+                self._nudged.set()
+            return
         paths = tuple(device.device for device in found if device is not None)
         if len(paths) == len(self._paths) == len(found) and paths != self._paths:
             structlog.get_logger().warning("disks have moved", before=self._paths, now=paths)
@@ -324,7 +356,8 @@ class ControlledAgent:
 
 def _essence(assignment: MachineAssignment) -> MachineAssignment:
     """What of an assignment a run cannot take over while it goes on."""
-    return assignment.model_copy(update={"version": 0, "resync": ResyncOrder()})
+    taken_over = {"version": 0, "resync": ResyncOrder(), "final": 0, "final_seconds_max": 300.0}
+    return assignment.model_copy(update=taken_over)
 
 
 def _leaves(group: BaseExceptionGroup[ReplicationError]) -> Iterator[ReplicationError]:

@@ -95,6 +95,7 @@ class Device:
         self.loop_offset = 0
         self._image_fd = -1
         self._direct_fd = -1
+        self._was_going = self._is_going()
         self._buffers: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
         backing = self._open_backing()
         if self._image_fd < 0:
@@ -162,6 +163,19 @@ class Device:
         """The size as the kernel has it now; differs from ``size_bytes`` after a resize."""
         answer = fcntl.ioctl(self._fd, _BLKGETSIZE64, bytes(8))
         return int.from_bytes(answer, "little")
+
+    def why_gone(self) -> str:
+        """Why this is not the disk any more that was opened; empty while it is.
+
+        Somebody who detaches a loop device that others have open marks it: it goes with the last
+        of them, and whoever keeps it open keeps it.
+        """
+        diskseq = self._sysfs_text("diskseq") or "0"
+        if not os.path.isdir(self._sysfs) or int(diskseq) != self.identity.diskseq:
+            return f"{self.path} is gone"
+        if self._is_going() and not self._was_going:
+            return f"{self.path} is being detached"
+        return ""
 
     def read(self, offset_bytes: int, length_bytes: int) -> bytes:
         """Read whole blocks; a short last block of the disk is padded with zeros.
@@ -256,6 +270,9 @@ class Device:
                 if fd >= 0:
                     os.close(fd)
         return f"{image}:{inode}"
+
+    def _is_going(self) -> bool:
+        return self._sysfs_text("loop/autoclear") == "1"
 
     def _sysfs_text(self, name: str) -> str:
         try:

@@ -92,8 +92,16 @@ class Freezer:
         """Of the process that holds the freeze; None while there is none."""
         return self._process.pid if self._process else None
 
-    def freeze(self, mount_points: Sequence[str], seconds_max: float) -> Frozen:
+    def freeze(
+        self,
+        mount_points: Sequence[str],
+        seconds_max: float,
+        *,
+        freezing_seconds_max: float | None = None,
+    ) -> Frozen:
         """Freeze all, for at most ``seconds_max`` seconds from now.
+
+        freezing_seconds_max: the freezing itself may take so long; as long as all of it by default.
 
         Raises CaptureError when one cannot be frozen, or not in time; then none stays frozen.
         """
@@ -104,9 +112,10 @@ class Freezer:
             self._start()
         self._since_ns = time.monotonic_ns()
         self._watch(paths, seconds_max + SECOND_WATCH_SECONDS)
-        request = {"freeze": paths, "seconds_max": seconds_max}
+        within = seconds_max if freezing_seconds_max is None else freezing_seconds_max
+        request = {"freeze": paths, "seconds_max": seconds_max, "freezing_seconds_max": within}
         try:
-            reply = self._ask(request, seconds_max + REPLY_SECONDS_MAX)
+            reply = self._ask(request, within + REPLY_SECONDS_MAX)
         except OSError as error:
             self._give_up(paths)
             raise CaptureError(f"the process that freezes did not answer: {error}") from error
@@ -119,6 +128,17 @@ class Freezer:
             )
         self._frozen = paths
         return Frozen(paths)
+
+    def look(self) -> str:
+        """Why what ``freeze`` froze is not frozen any more; empty while it is. It changes nothing:
+        ``thaw`` is still to be called.
+        """
+        assert self._frozen, "freeze comes before look"
+        try:
+            reply = self._ask({"look": True}, REPLY_SECONDS_MAX)
+        except OSError as error:
+            return f"the process that held the file systems frozen is gone: {error}"
+        return "" if reply["held"] else str(reply["reason"])
 
     def thaw(self) -> FreezeResult:
         """Thaw what ``freeze`` froze, and tell whether it was frozen all the time until now."""

@@ -4,7 +4,10 @@ Run by ``freeze.Freezer``; imports nothing of Understudy, locks its memory, and 
 replies. It talks over standard input, a socket, one JSON object a line:
 
     {"freeze": ["/data"], "seconds_max": 2}   {"frozen": true} or {"frozen": false, "reasons": {…}}
+    {"look": true}                            {"held": true, "reason": ""}
     {"thaw": true}                            {"held": true, "pause_ns": 41000000, "reason": ""}
+
+``freezing_seconds_max`` in a request to freeze: all must be frozen by then, or none stays so.
 
 Each file system has a thread of its own, which freezes it, waits to be released and thaws it; the
 wait ends at the deadline. So a file system on which FIFREEZE or FITHAW blocks keeps no other one
@@ -68,6 +71,18 @@ class Hold:
 
     def join(self) -> None:
         self._thread.join()
+
+    def look(self) -> None:
+        """Find out whether someone else has thawed it: only then it can be frozen once more."""
+        if self.state != self.FROZEN:
+            return
+        try:
+            fcntl.ioctl(self._fd, FIFREEZE, 0)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                self.reason = self.reason or (error.strerror or str(error))
+        else:
+            self.reason = self.reason or "someone else thawed it"
 
     @property
     def settled(self) -> bool:
@@ -142,9 +157,9 @@ class Haste:
 class Session:
     """File systems that are frozen together: all or none, and all no longer than the deadline."""
 
-    def __init__(self, holds: list[Hold], deadline: float) -> None:
+    def __init__(self, holds: list[Hold], frozen_by: float) -> None:
         self.holds = holds
-        self._deadline = deadline
+        self._frozen_by = frozen_by
         self._asked_to_freeze, self._asked_to_thaw = True, False
         for hold in holds:
             hold.start()
@@ -161,7 +176,7 @@ class Session:
         """When to look again even if no thread reports; None: not before one does."""
         if not self._asked_to_freeze:
             return None
-        return max(LOOK_AGAIN_SECONDS, self._deadline - time.monotonic())
+        return max(LOOK_AGAIN_SECONDS, self._frozen_by - time.monotonic())
 
     def reply(self) -> dict[str, Any] | None:
         """The answer to the latest request, once it is due."""
@@ -176,7 +191,7 @@ class Session:
         if all(hold.state == Hold.FROZEN for hold in self.holds):
             self._asked_to_freeze = False
             return {"frozen": True}
-        late = time.monotonic() >= self._deadline
+        late = time.monotonic() >= self._frozen_by
         failed = [hold for hold in self.holds if hold.settled]
         if not failed and not late:
             return None
@@ -190,6 +205,13 @@ class Session:
         reasons = {hold.path: hold.reason for hold in failed if hold.reason}
         reasons |= {hold.path: "it was not frozen within the time limit" for hold in stuck}
         return {"frozen": False, "reasons": reasons}
+
+    def look(self) -> dict[str, Any]:
+        """Whether all are still frozen, and by us."""
+        for hold in self.holds:
+            hold.look()
+        is_held = all(hold.state == Hold.FROZEN and not hold.reason for hold in self.holds)
+        return {"held": is_held, "reason": self._why_not_held()}
 
     def _why_not_held(self) -> str:
         return "; ".join(f"{hold.path}: {hold.reason}" for hold in self.holds if hold.reason)
@@ -262,12 +284,19 @@ class Server:
             else:
                 self._send({"held": False, "pause_ns": 0, "reason": "nothing was frozen"})
             return
+        if "look" in request:
+            nothing = {"held": False, "reason": "nothing was frozen"}
+            self._send(self._session.look() if self._session else nothing)
+            return
         if self._session:
             raise ValueError
-        self._freeze(request["freeze"], float(request["seconds_max"]))
+        seconds_max = float(request["seconds_max"])
+        freezing_seconds_max = float(request.get("freezing_seconds_max", seconds_max))
+        self._freeze(request["freeze"], seconds_max, freezing_seconds_max)
 
-    def _freeze(self, paths: list[str], seconds_max: float) -> None:
-        deadline = time.monotonic() + seconds_max
+    def _freeze(self, paths: list[str], seconds_max: float, freezing_seconds_max: float) -> None:
+        now = time.monotonic()
+        deadline, frozen_by = now + seconds_max, now + freezing_seconds_max
         self._lingering = [hold for hold in self._lingering if not hold.settled]
         opened: dict[str, int] = {}
         lingering = {hold.path for hold in self._lingering}
@@ -288,7 +317,7 @@ class Server:
             return
         self._haste.begin()
         holds = [Hold(path, fd, deadline, self._wake) for path, fd in opened.items()]
-        self._session = Session(holds, deadline)
+        self._session = Session(holds, frozen_by)
 
     def _end_session(self) -> None:
         assert self._session

@@ -9,7 +9,6 @@ import datetime as dt
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
@@ -23,7 +22,10 @@ from agents.mobility.bookkeeping import (
     take_up_repair,
 )
 from agents.mobility.capture import Capture, Taken
+from agents.mobility.changeset import ChangesetSender
 from agents.mobility.config import AgentConfig
+from agents.mobility.final_order import FinalBook
+from agents.mobility.final_run import Finale
 from agents.mobility.frame_builder import SegmentBuilder
 from agents.mobility.freeze import Freezer
 from agents.mobility.interruption import Interruption
@@ -32,12 +34,10 @@ from agents.mobility.reconcile import believed
 from agents.mobility.resync import Resynchroniser
 from agents.mobility.resync_stage import Stage
 from agents.mobility.source import SourceDisk, is_dirty
-from agents.mobility.status import AgentStatus, ChangesetRecord
+from agents.mobility.status import AgentStatus
 from agents.mobility.stream_client import StreamClient
-from agents.mobility.stream_state import Pending, StreamStateFile, size_of
-from agents.mobility.upload import upload
+from agents.mobility.stream_state import Pending, StreamStateFile
 from daemon.service import Service
-from replication.block_set import BLOCK_BYTES
 from replication.bookmark import Bookmark, Consistency, Stamp
 from replication.control.assignment import ResyncOrder
 from replication.control.report import ResyncCause
@@ -56,9 +56,7 @@ from replication.watermark import WatermarkKey
 TICK_SECONDS = 0.5
 POLL_SECONDS = 2.0
 IDLE_POLL_SECONDS = 15.0
-SEALING_THREADS = 2
 TROUBLE_SECONDS = 2.0
-REPORT_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -77,6 +75,7 @@ class Replicator:
     interrupted: why what the trackers know does not join on to ``state``; None if it does.
     order:       asked at every turn for the newest word on resyncs; by default what the
                  configuration says.
+    final:       orders for a final changeset, where somebody can give any.
     """
 
     def __init__(
@@ -90,6 +89,7 @@ class Replicator:
         service: Service,
         interrupted: Interruption | None,
         order: Callable[[], ResyncOrder] | None = None,
+        final: FinalBook | None = None,
     ) -> None:
         self._config = config
         self._disks = disks
@@ -102,10 +102,25 @@ class Replicator:
         self._watermark_key = WatermarkKey(self._data_key, config.machine)
         self._leave = Leave.parse(config.resync)
         self._order = order or self._own_order
-        self._executor = ThreadPoolExecutor(SEALING_THREADS, thread_name_prefix="seal")
         self._clock = _Clock()
         self._stream: StreamState | None = None
         self.status = AgentStatus.of(config, disks)
+        self._sender = ChangesetSender(
+            config, disks, state=state, client=client, stop=service.stop, status=self.status
+        )
+        self._final = None
+        if final is not None:
+            self._final = Finale(
+                config,
+                disks,
+                state=state,
+                freezer=freezer,
+                service=service,
+                sender=self._sender,
+                poll=self._poll,
+                learn=self._learn,
+                book=final,
+            )
         self._resync = Resynchroniser(
             config=config,
             disks=disks,
@@ -155,6 +170,9 @@ class Replicator:
             ours = Stamp(position.generation, position.committed)
             if stream.committed < ours or stream.watermark.lost:
                 await self._reconcile(stream)
+        self._check_disks()
+        if self._final is not None and self._final.is_due:
+            return await self._final.carry_out()
         await self._take_up(self._order())
         if self._state.position.stage in (Stage.REQUIRED, Stage.COMPARING):
             return await self._resync.turn(self._stream, self._order())
@@ -241,8 +259,14 @@ class Replicator:
         self._clock.changeset_at = 0.0
 
     def _check_disks(self) -> None:
-        """A disk whose size has changed under us is another disk to the tracker."""
+        """A disk that goes must be let go; one whose size has changed is another to the tracker."""
         for disk in self._disks:
+            if gone := disk.device.why_gone():
+                raise TrackingError(
+                    f"{disk.shape.name}: {gone}",
+                    hint="when it comes back it is compared with the second site, unless it was "
+                    "never away",
+                )
             now_bytes = disk.device.size_now_bytes()
             if now_bytes != disk.shape.size_bytes:
                 raise TrackingError(
@@ -257,15 +281,8 @@ class Replicator:
         # A request that is too long to be told lacks its runs: only a resync brings them.
         if self._stream is not None and not self._stream.watermark.lost:
             await asyncio.to_thread(take_up_repair, self._state, self._stream.watermark.repair)
-        position = self._state.position
-        stamp = position.next_stamp
-        sealer = AttemptSealer(
-            self._data_key, self._config.machine, stamp, level=self._config.send.zstd_level
-        )
-        aborted = threading.Event()
 
-        def capture(builder: SegmentBuilder) -> Taken:
-            self.status.builder = builder
+        def capture(builder: SegmentBuilder, aborted: threading.Event) -> Capture:
             return Capture(
                 disks=self._disks,
                 state=self._state,
@@ -274,33 +291,11 @@ class Replicator:
                 config=self._config.capture,
                 app=self._config.app_consistency if app else None,
                 aborted=aborted,
-            ).run()
+            )
 
-        self.status.begin(stamp, size_of(self._state.todo))
-        reporting = asyncio.create_task(self._report(), name="status")
-        stopping = asyncio.create_task(self._abort_on_stop(aborted), name="stop")
-        try:
-            taken, builder = await self._upload(sealer, capture, aborted)
-        finally:
-            reporting.cancel()
-            stopping.cancel()
-            # How they ended matters to nobody: the next write of the status tells.
-            await asyncio.gather(reporting, stopping, return_exceptions=True)
-        manifest = self._manifest(sealer, taken, builder)
-        await asyncio.to_thread(
-            make_pending,
-            self._state,
-            Pending(stamp, manifest.attempt, taken.whole),
-            taken.sent,
-            audit_chunk=taken.audit_chunk,
-        )
-        stream = await self._client.commit(stamp, manifest.seal(sealer))
-        await asyncio.to_thread(finish, self._state)
-        self.status.committed_changeset(
-            ChangesetRecord.of(manifest, time.monotonic() - began, size_of(self._state.todo))
-        )
-        await self._learn(stream)
-        self._schedule(began, taken, app=app and taken.whole)
+        sent = await self._sender.send(capture)
+        await self._learn(sent.told)
+        self._schedule(began, sent.taken, app=app and sent.taken.whole)
 
     async def _send_empty(self, reason: str) -> None:
         """Send and commit the changeset that begins a resync."""
@@ -335,53 +330,6 @@ class Replicator:
         stream = await self._client.commit(stamp, manifest.seal(sealer))
         await asyncio.to_thread(finish, self._state)
         await self._learn(stream)
-
-    async def _report(self) -> None:
-        """Write the progress of the changeset under way from time to time."""
-        while True:
-            await asyncio.sleep(REPORT_SECONDS)
-            self.status.write()
-
-    async def _abort_on_stop(self, aborted: threading.Event) -> None:
-        """A capture that only reads, of a scan or of holes, hears of it in no other way."""
-        await self._service.stop.wait()
-        aborted.set()
-
-    async def _upload(
-        self,
-        sealer: AttemptSealer,
-        capture: Callable[[SegmentBuilder], Taken],
-        aborted: threading.Event,
-    ) -> tuple[Taken, SegmentBuilder]:
-        return await upload(
-            self._client,
-            sealer,
-            self._executor,
-            capture,
-            aborted,
-            segment_bytes=self._config.send.segment_bytes,
-            in_flight_max=self._config.send.segments_in_flight_max,
-        )
-
-    def _manifest(self, sealer: AttemptSealer, taken: Taken, builder: SegmentBuilder) -> Manifest:
-        position = self._state.position
-        return Manifest(
-            machine=self._config.machine,
-            bookmark=Bookmark(sealer.stamp, taken.time_ns, taken.consistency, taken.reason),
-            since=position.since,
-            attempt=sealer.attempt,
-            disks=tuple(disk.shape for disk in self._disks),
-            segments=tuple(builder.entries),
-            changed_bytes=builder.changed_blocks * BLOCK_BYTES,
-            captured_ns=taken.captured_ns,
-            pause_ns=taken.pause_ns,
-            initial=not position.seeded and not taken.whole,
-            repaired=position.repairing if taken.whole else position.repaired,
-            applied=position.applied,
-            tracker=self._config.tracker,
-            basis=position.basis,
-            audit=taken.audit,
-        )
 
     def _schedule(self, began: float, taken: Taken, *, app: bool) -> None:
         """When the next changeset may begin: sooner than the pause budget allows never."""

@@ -6,6 +6,7 @@ Source: docs/CONTROL.md §5.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from agents.mobility.final_order import NOTHING_TOLD, FinalTold
 from agents.mobility.host import HostFacts
 from agents.mobility.status import AgentStatus
 from daemon.service import Health
@@ -26,6 +27,7 @@ class Situation:
 
     status:  of the run under way, or of the last one; None while nothing was replicated.
     failure: why nothing is replicated although it should be; empty while all is well.
+    final:   what came of the order for a final changeset.
     """
 
     now_ns: int
@@ -37,6 +39,7 @@ class Situation:
     load: Load
     status: AgentStatus | None = None
     failure: str = ""
+    final: FinalTold = NOTHING_TOLD
 
 
 def machine_report(situation: Situation, health: Health) -> MachineReport:
@@ -54,6 +57,10 @@ def machine_report(situation: Situation, health: Health) -> MachineReport:
         system=clipped(host.system),
         kernel=clipped(host.kernel),
         devices=situation.devices,
+        final=situation.final.number,
+        final_generation=situation.final.generation,
+        final_number=situation.final.changeset,
+        final_reason=clipped(situation.final.reason),
     )
     if status is not None:
         report = report.model_copy(

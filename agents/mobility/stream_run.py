@@ -11,6 +11,7 @@ from agents.mobility.app_scripts import run_post_if_due
 from agents.mobility.config import AgentConfig, AgentSettings, DiskConfig
 from agents.mobility.device import Device
 from agents.mobility.disk_set import adopt_disks
+from agents.mobility.final_order import FinalBook
 from agents.mobility.freeze import Freezer, refuse_own, thaw_all
 from agents.mobility.interruption import find_interruption
 from agents.mobility.replicator import Replicator
@@ -45,6 +46,7 @@ async def replicate(
     *,
     on_running: Callable[[Running], None],
     order: Callable[[], ResyncOrder] | None = None,
+    final: FinalBook | None = None,
     server_unit: str = "",
 ) -> None:
     """Replicate until ``service.stop`` is set; trackers go on tracking afterwards.
@@ -53,6 +55,7 @@ async def replicate(
     disk is missing, cannot be tracked, or has become another one under the run.
 
     order:       the config server's newest word on resyncs; without one the configuration's counts.
+    final:       the config server's orders for a final changeset.
     server_unit: organizational unit of a process server's certificate; empty: not looked at.
     """
     with contextlib.ExitStack() as stack:
@@ -95,6 +98,7 @@ async def replicate(
                 service=service,
                 interrupted=interruption,
                 order=order,
+                final=final,
             )
             on_running(Running(replicator, client, state))
             service.ready(f"{len(disks)} disks tracked by {config.tracker}")

@@ -155,23 +155,11 @@ class Discovery:
             reader=self._instance,
         )
         try:
-            password = self._vault.open(row.password, PASSWORD_TABLE, row.id).decode()
-        except (IntegrityError, UnicodeDecodeError):
-            reason = "its password cannot be opened: set it anew"
+            target = target_of(row, self._vault)
+        except IntegrityError as error:
             with contextlib.suppress(LeaseLostError):
-                await record.set_state(VCenterState.REFUSED, reason)
+                await record.set_state(VCenterState.REFUSED, str(error))
             return
-        target = Target(
-            id=row.id,
-            name=row.name,
-            url=row.url,
-            username=row.username,
-            password=password,
-            verify=Verify(row.verify),
-            ca_pem=row.ca_pem,
-            revision=row.revision,
-            instance_uuid=row.instance_uuid,
-        )
         reader = self._readers[row.id] = _Reader(target, record)
         loop = asyncio.get_running_loop()
         reader.thread = threading.Thread(
@@ -236,6 +224,25 @@ class Discovery:
                 case Refused(reason):
                     _log.warning("vCenter lets us not in", vcenter=name, reason=reason)
                     await record.set_state(VCenterState.REFUSED, reason)
+
+
+def target_of(row: VCenter, vault: Vault) -> Target:
+    """How the vCenter of that row is reached. IntegrityError when its password cannot be opened."""
+    try:
+        password = vault.open(row.password, PASSWORD_TABLE, row.id).decode()
+    except (IntegrityError, UnicodeDecodeError) as error:
+        raise IntegrityError("its password cannot be opened: set it anew") from error
+    return Target(
+        id=row.id,
+        name=row.name,
+        url=row.url,
+        username=row.username,
+        password=password,
+        verify=Verify(row.verify),
+        ca_pem=row.ca_pem,
+        revision=row.revision,
+        instance_uuid=row.instance_uuid,
+    )
 
 
 def _counted(changes: tuple[Change, ...]) -> dict[str, int]:

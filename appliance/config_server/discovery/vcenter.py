@@ -103,6 +103,18 @@ class Session:
             self.content.sessionManager.Logout()
         self._stub.DropConnections()
 
+    def virtual_machine(self, moid: str) -> Any:
+        """The VM of that moid, whether or not there is one."""
+        return _vim.VirtualMachine(moid, self._stub)
+
+    def properties(self, of: Any, *paths: str) -> dict[str, Any]:
+        """Those properties of one object that are set. Raises GONE where there is none."""
+        spec = _query.FilterSpec(
+            objectSet=[_query.ObjectSpec(obj=of, skip=False)],
+            propSet=[_query.PropertySpec(type=type(of), pathSet=list(paths), all=False)],
+        )
+        return {one.name: one.val for told in self._retrieve(spec) for one in told.propSet}
+
     def follow(self, deliver: Deliver, stop: threading.Event) -> None:
         """Tell everything, then changes, until ``stop``. Raises when the session is of no use."""
         deliver(Connected(self.instance_uuid))

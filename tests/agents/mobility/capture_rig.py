@@ -289,9 +289,17 @@ class Meddled(Freezer):
         self.while_frozen: Callable[[], object] = lambda: None
         self.thawed_at = 0.0
 
-    def freeze(self, mount_points: Sequence[str], seconds_max: float) -> Frozen:
+    def freeze(
+        self,
+        mount_points: Sequence[str],
+        seconds_max: float,
+        *,
+        freezing_seconds_max: float | None = None,
+    ) -> Frozen:
         self.before_freeze()
-        frozen = self._real.freeze(mount_points, seconds_max)
+        frozen = self._real.freeze(
+            mount_points, seconds_max, freezing_seconds_max=freezing_seconds_max
+        )
         self.while_frozen()
         return frozen
 

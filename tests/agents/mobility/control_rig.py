@@ -47,6 +47,11 @@ class ControlRig:
         return self.control.machine
 
     @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def pins(self) -> Path:
         return Path(ROOT) / str(self.machine)
 

@@ -208,6 +208,8 @@ class SecondSite:
         self._committed, self._attempt = NOTHING, NO_ATTEMPT
         self.manifests: list[Manifest] = []
         self.images: dict[int, bytearray] = {}
+        self._refuses: Callable[[], bool] = lambda: False
+        self._refused = asyncio.Event()
         app = web.Application(client_max_size=64 << 20)
         base = "/v1/machines/{machine}"
         app.router.add_get(f"{base}/state", self._state)
@@ -216,6 +218,11 @@ class SecondSite:
         app.router.add_post(f"{number}/commit", self._commit)
         app.router.add_get(f"{base}/generations/{{generation}}/sums/{{rest:.*}}", self._sums)
         self.listener = Listener(app, context)
+
+    def refuse_commits(self, when: Callable[[], bool]) -> asyncio.Event:
+        """As if it were away whenever a changeset is to be committed then; tells of the first."""
+        self._refuses, self._refused = when, asyncio.Event()
+        return self._refused
 
     async def _state(self, request: web.Request) -> web.Response:
         machine = uuid.UUID(request.match_info["machine"])
@@ -231,6 +238,9 @@ class SecondSite:
         return web.Response(status=201)
 
     async def _commit(self, request: web.Request) -> web.Response:
+        if self._refuses():
+            self._refused.set()
+            return web.Response(status=503, body=Refusal("unavailable", "away").to_bytes())
         manifest, key = open_manifest(await request.read(), self._data_key())
         self._apply(manifest, key)
         self._segments.clear()

@@ -1,0 +1,204 @@
+"""The capture of a final changeset: frozen, and not thawed again.
+
+Pre-copy rounds as in any capture, then FIFREEZE of all file systems, and only then the last blocks
+are read, and sent while nothing moves. What cannot be frozen (swap, a raw disk) must have stood
+still, by the kernel's counters, while the last blocks were read. From then on the counters alone
+say whether the order holds, for whatever reason a write should come.
+
+Source: docs/RECOVERY.md §4, docs/ARCHITECTURE.md §5.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from agents.mobility.audit import AuditSample, sample
+from agents.mobility.capture import Capture, Taken, union
+from agents.mobility.freeze import Freezer, FreezeResult, sync_file_systems
+from agents.mobility.source import SourceDisk, peek_running
+from agents.mobility.stillness import WriteCounts, look, stood_still
+from agents.mobility.stream_state import BlockSets, size_of
+from replication.errors import CaptureError
+
+FREEZING_SECONDS_MAX = 10.0
+"""How long it may take until all file systems are frozen: writers wait already."""
+
+STILL_SECONDS_MAX = 5.0
+"""How long a disk that cannot be frozen may take to come to rest."""
+
+STILL_PAUSE_SECONDS = 0.02
+
+
+class FinalRefusedError(CaptureError):
+    """A final changeset cannot be had as the machine is; trying again at once does not help."""
+
+    code = "final"
+
+
+class FinalHold:
+    """What is held still for a final changeset, and how that is known; safe from any thread.
+
+    counts:   the counters of the disks when the last blocks were read; None until they were.
+    run_post: what applications are owed once they may go on.
+    """
+
+    def __init__(
+        self,
+        disks: Sequence[SourceDisk],
+        freezer: Freezer,
+        *,
+        is_frozen: bool,
+        seconds_max: float,
+        run_post: Callable[[], None],
+    ) -> None:
+        self._disks = disks
+        self._freezer = freezer
+        self.is_frozen = is_frozen
+        self._seconds_max = seconds_max
+        self._since = time.monotonic()
+        self._run_post = run_post
+        self._lock = threading.Lock()
+        self._is_released = False
+        self.counts: Sequence[WriteCounts] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been held."""
+        return time.monotonic() - self._since
+
+    def why_broken(self) -> str:
+        """Why it is not held any more, or something was written; empty while all stands still."""
+        with self._lock:
+            if self._is_released:
+                return "it was let go"
+            return self._why_over() or self._why_written()
+
+    def release(self) -> FreezeResult | None:
+        """Thaw, and let the applications go on; once. None where nothing had been frozen."""
+        with self._lock:
+            if self._is_released:
+                return None
+            self._is_released = True
+            result = None
+            try:
+                if self.is_frozen:
+                    result = self._freezer.thaw()
+            finally:
+                self._run_post()
+            return result
+
+    def _why_over(self) -> str:
+        gone = next((why for disk in self._disks if (why := disk.device.why_gone())), "")
+        if gone:
+            return gone
+        if self.seconds >= self._seconds_max:
+            return f"the time limit of {self._seconds_max:g} s has passed"
+        return self._freezer.look() if self.is_frozen else ""
+
+    def _why_written(self) -> str:
+        if self.counts is None:
+            return ""
+        try:
+            for disk, then in zip(self._disks, self.counts, strict=True):
+                if not stood_still(then, WriteCounts.of(disk.device)):
+                    return f"{disk.shape.name} was written to after the final changeset"
+        except CaptureError as error:
+            return str(error)
+        return ""
+
+
+@dataclass
+class FinalCapture(Capture):
+    """A capture whose file systems stay frozen in ``held`` when it has gone well.
+
+    Also when it has failed after the freeze: whoever runs it releases ``held`` then.
+
+    seconds_max:   how long they may stay frozen.
+    before_freeze: called last before anything is frozen.
+    """
+
+    seconds_max: float = 300.0
+    before_freeze: Callable[[], None] = lambda: None
+    held: FinalHold | None = None
+
+    def _run_post(self) -> None:
+        if self.held is None:
+            super()._run_post()
+
+    def _run_post_late(self) -> None:
+        super()._run_post()
+
+    def _take_point(self, downgraded: str = "") -> Taken:
+        if self._scanning:
+            raise FinalRefusedError(
+                "changes are found by checksums here, which says nothing of an instant",
+                hint='a final changeset needs tracker = "ebpf"',
+            )
+        mounts, unreachable = self._mounts()
+        if unreachable:
+            raise FinalRefusedError(unreachable)
+        chunks, self._audit_chunk = sample(
+            self.disks, self.state.position.audit_chunk, self.config.audit_chunks
+        )
+        self._audit = AuditSample(chunks)
+        self._touched = {}
+        last: BlockSets = {}
+        for left in reversed(range(self.config.rounds_max)):
+            sync_file_systems(mounts)
+            last = self._absorb()
+            if size_of(last) <= self.config.freeze_bytes_max or not left:
+                break
+            self._send_live(last)
+            last = {}
+        self._hold(mounts)
+        return self._read_still(last, downgraded)
+
+    def _hold(self, mounts: Sequence[str]) -> None:
+        if self.aborted.is_set():
+            raise CaptureError("the changeset was given up")
+        self.before_freeze()
+        if mounts:
+            try:
+                self.freezer.freeze(
+                    mounts,
+                    self.seconds_max,
+                    freezing_seconds_max=min(FREEZING_SECONDS_MAX, self.seconds_max),
+                )
+            except CaptureError as error:
+                raise FinalRefusedError(str(error)) from error
+        self.held = FinalHold(
+            self.disks,
+            self.freezer,
+            is_frozen=bool(mounts),
+            seconds_max=self.seconds_max,
+            run_post=self._run_post_late,
+        )
+
+    def _read_still(self, last: BlockSets, downgraded: str) -> Taken:
+        """Send what is left, until nothing was written while that was read."""
+        assert self.held is not None
+        deadline = time.monotonic() + STILL_SECONDS_MAX
+        while True:
+            at_ns = self.clock_ns()
+            counts = look([disk.device for disk in self.disks])
+            peeked = peek_running(self.disks)
+            wanted = union(last, peeked)
+            self._send_live(wanted)
+            self._audit.refresh(union(self._touched, wanted))
+            written = self._written_in_spite(peeked, counts)
+            if not written:
+                break
+            if time.monotonic() > deadline:
+                raise FinalRefusedError(
+                    f"no instant at which all disks stood still within {STILL_SECONDS_MAX:g} s: "
+                    f"{written}",
+                    hint="end what writes to the disk past its file systems: swap, a database on "
+                    "the raw disk",
+                )
+            time.sleep(STILL_PAUSE_SECONDS)
+            last = self._absorb()
+        self.held.counts = counts
+        pause_ns = int(self.held.seconds * 1e9) if self.held.is_frozen else 0
+        sent = union(self.state.todo, peeked)
+        return self._end(self._promise, downgraded, sent, at_ns=at_ns, pause_ns=pause_ns)
