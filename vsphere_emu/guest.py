@@ -70,7 +70,7 @@ class Guest:
         self.root_folder = root = os.path.abspath(root_folder)
         self.folder = os.path.join(root, "guests", config.name)
         self._run_folder = os.path.join(root, "run")
-        self._lock_path = os.path.join(self._run_folder, f"{config.name}.workload")
+        self.lock_path = os.path.join(self._run_folder, f"{config.name}.workload")
         self.log_path = os.path.join(self._run_folder, f"{config.name}.log")
 
     def create_disks(self) -> None:
@@ -129,7 +129,7 @@ class Guest:
 
     def _process_ids(self, points: Sequence[str]) -> list[int]:
         """The workload, and servers that have lost theirs."""
-        found = [life.holder(self._lock_path), *map(server_of, points)]
+        found = [life.holder(self.lock_path), *map(server_of, points)]
         return [pid for pid in found if pid is not None]
 
     def start_workload(self) -> int | None:
@@ -142,12 +142,12 @@ class Guest:
                 raise ConfigError(
                     f"{self.config.name} is off", hint=f"power-on {self.config.name} first"
                 )
-            command = [sys.executable, "-m", "vsphere_emu.workload", "--lock", self._lock_path]
+            command = [sys.executable, "-m", "vsphere_emu.workload", "--lock", self.lock_path]
             command += ["--workload", workload.model_dump_json()]
             for disk in self.config.disks:
                 if disk.file_system != "none":
                     command += ["--mount", f"{disk.name}={self.mount_point(disk)}"]
-            return life.start(command, self._lock_path, self.log_path)
+            return life.start(command, self.lock_path, self.log_path)
 
     def stop_workload(self) -> None:
         """End what the guest does in good order; fine if it does nothing."""
@@ -166,7 +166,7 @@ class Guest:
                 for disk in disks
             ),
             workload=workload.kind if workload is not None else None,
-            workload_pid=life.holder(self._lock_path),
+            workload_pid=life.holder(self.lock_path),
             socket_folder=self.socket_folder if database else None,
             disks=disks,
         )
@@ -189,7 +189,7 @@ class Guest:
                     self._datastore.delete(path)
             if delete_disks:
                 self._delete_vcenter_files()
-            for name in (self._lock_path, self.log_path, *map(self._marker, self.config.disks)):
+            for name in (self.lock_path, self.log_path, *map(self._marker, self.config.disks)):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name)
             for disk in self.config.disks:
@@ -294,7 +294,7 @@ class Guest:
             )
 
     def _stop_workload(self) -> None:
-        life.stop(self._lock_path)
+        life.stop(self.lock_path)
         for disk in self.config.disks:
             stop_stray(self.mount_point(disk))
 

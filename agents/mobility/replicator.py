@@ -57,6 +57,9 @@ TICK_SECONDS = 0.5
 POLL_SECONDS = 2.0
 IDLE_POLL_SECONDS = 15.0
 TROUBLE_SECONDS = 2.0
+WATCH_SECONDS = 1.0
+LET_GO_SECONDS = 2.0
+"""How long it may take until what is under way notices by itself that a disk has gone."""
 
 
 @dataclass(slots=True)
@@ -133,7 +136,29 @@ class Replicator:
         )
 
     async def run(self) -> None:
-        """Run until ``service.stop`` is set."""
+        """Run until ``service.stop`` is set.
+
+        Raises TrackingError when a disk has gone, or is another one; ``service.stop`` is set then
+        if it takes that to come away from a process server that does not answer.
+        """
+        work = asyncio.create_task(self._work(), name="replicator")
+        gone: TrackingError | None = None
+        try:
+            while gone is None and not work.done():
+                await asyncio.wait({work}, timeout=WATCH_SECONDS)
+                gone = self._gone()
+            if gone is not None:
+                await asyncio.wait({work}, timeout=LET_GO_SECONDS)
+                self._service.stop.set()
+            await work
+        finally:
+            if not work.done():
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+        if gone is not None:
+            raise gone
+
+    async def _work(self) -> None:
         log = structlog.get_logger()
         settled = False
         if self._interrupted is not None:
@@ -260,19 +285,25 @@ class Replicator:
 
     def _check_disks(self) -> None:
         """A disk that goes must be let go; one whose size has changed is another to the tracker."""
+        if (gone := self._gone()) is not None:
+            raise gone
         for disk in self._disks:
-            if gone := disk.device.why_gone():
-                raise TrackingError(
-                    f"{disk.shape.name}: {gone}",
-                    hint="when it comes back it is compared with the second site, unless it was "
-                    "never away",
-                )
             now_bytes = disk.device.size_now_bytes()
             if now_bytes != disk.shape.size_bytes:
                 raise TrackingError(
                     f"{disk.shape.name} has {now_bytes} bytes now, not {disk.shape.size_bytes}",
                     hint="the agent starts again and compares the disks if this one grew",
                 )
+
+    def _gone(self) -> TrackingError | None:
+        for disk in self._disks:
+            if why := disk.device.why_gone():
+                return TrackingError(
+                    f"{disk.shape.name}: {why}",
+                    hint="when it comes back it is compared with the second site, unless it was "
+                    "never away",
+                )
+        return None
 
     async def _changeset(self, *, app: bool) -> None:
         """Take one changeset, send it, commit it."""

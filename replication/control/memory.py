@@ -64,9 +64,10 @@ def judge(followed: Followed, version: int) -> Judged:
 def without_losses(assignment: A, before: A | None) -> A:
     """``assignment`` but for what destroys; ``before``: what is followed now, if it is known.
 
-    An agent goes on as before when it is told to forget; a process server and an applier let go of
-    nothing, a certificate that is revoked stays so, points are thinned no sooner, and holds stay;
-    a compute node removes no VM and switches none off.
+    An agent goes on as before when it is told to forget, and stops no machine for a failover that
+    may have been called off since; a process server and an applier let go of nothing, a certificate
+    that is revoked stays so, points are thinned no sooner, and holds stay; a compute node removes
+    no VM and switches none off.
     """
     kept: NodeAssignment
     match assignment, before:
@@ -86,11 +87,11 @@ def without_losses(assignment: A, before: A | None) -> A:
 
 def _machine(newer: MachineAssignment, before: MachineAssignment | None) -> MachineAssignment:
     if newer.protected or (before is not None and not before.protected):
-        return newer
+        return newer.model_copy(update={"final": 0})
     if before is not None and before.machine == newer.machine:
-        return before.model_copy(update={"version": newer.version})
+        return before.model_copy(update={"version": newer.version, "final": 0})
     # What there was is not known: it stays, and the kernel goes on tracking.
-    return newer.model_copy(update={"protected": True, "replicate": False})
+    return newer.model_copy(update={"protected": True, "replicate": False, "final": 0})
 
 
 def _process_server(

@@ -1,6 +1,6 @@
 """Writes numbered records on several disks in turn, and notes elsewhere which are acknowledged.
 
-    python -m tests.agents.mobility.acknowledged NOTE [--lock LOCK] FOLDER...
+    acknowledged.py NOTE [--lock LOCK] FOLDER...
 
 Record *n* is appended to ``records`` in folder *n % count*, with fsync; then *n* is written to
 NOTE, which lies on none of the disks. LOCK is held as the workload of a guest holds it.
@@ -17,7 +17,6 @@ from pathlib import Path
 
 from vsphere_emu.workload.life import held, tell_ready
 
-CHECKOUT = Path(__file__).parents[3]
 RECORD = struct.Struct("<QQ")
 RECORDS_FILE = "records"
 CHECK = 0x9E3779B97F4A7C15
@@ -52,14 +51,13 @@ def newest_of(folders: Sequence[Path]) -> int:
 
 def command(note: Path, folders: Sequence[Path], lock: str = "") -> list[str]:
     options = ["--lock", lock] if lock else []
-    module = "tests.agents.mobility.acknowledged"
-    return [sys.executable, "-m", module, str(note), *options, *map(str, folders)]
+    return [sys.executable, __file__, str(note), *options, *map(str, folders)]
 
 
 @contextlib.contextmanager
 def writing(note: Path, *folders: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The writer at work; killed at the end."""
-    process = subprocess.Popen(command(note, folders), cwd=CHECKOUT)
+    process = subprocess.Popen(command(note, folders))
     try:
         yield process
     finally:

@@ -348,7 +348,7 @@ async def test_an_order_is_above_all_that_the_agent_has_carried_out(stage: Stage
     await stage.state("protected")
     stage.nodes.carried_out = 20
     await stage.nodes.report()
-    await ask(stage, "resync", now=False)
+    await done(stage, "resync", now=False)  # the next one is refused while this one's job runs
     assert (await stage.state("protected")).resync_request == 21
     stage.nodes.silent.add(MACHINE)  # what it says is not known yet when the order is given
     stage.nodes.carried_out = 30
