@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from agents.mobility.audit import AuditSample, sample
 from agents.mobility.capture import Capture, Taken, union
 from agents.mobility.freeze import Freezer, FreezeResult, sync_file_systems
+from agents.mobility.mounts import mounts_on, read_mounts
 from agents.mobility.source import SourceDisk, peek_running
 from agents.mobility.stillness import WriteCounts, look, stood_still
 from agents.mobility.stream_state import BlockSets, size_of
@@ -28,6 +29,8 @@ STILL_SECONDS_MAX = 5.0
 """How long a disk that cannot be frozen may take to come to rest."""
 
 STILL_PAUSE_SECONDS = 0.02
+PARTING_SECONDS_MAX = 8.0
+"""How long it may take until disks that are being detached are unmounted."""
 
 
 class FinalRefusedError(CaptureError):
@@ -59,7 +62,7 @@ class FinalHold:
         self._since = time.monotonic()
         self._run_post = run_post
         self._lock = threading.Lock()
-        self._is_released = False
+        self._is_thawed = self._owes_nothing = self._is_over = False
         self.counts: Sequence[WriteCounts] | None = None
 
     @property
@@ -70,23 +73,48 @@ class FinalHold:
     def why_broken(self) -> str:
         """Why it is not held any more, or something was written; empty while all stands still."""
         with self._lock:
-            if self._is_released:
+            if self._is_over:
+                return ""
+            if self._is_thawed:
                 return "it was let go"
             return self._why_over() or self._why_written()
 
     def release(self) -> FreezeResult | None:
-        """Thaw, and let the applications go on; once. None where nothing had been frozen."""
+        """Thaw, and let the applications go on, each once; None where nothing was frozen."""
         with self._lock:
-            if self._is_released:
-                return None
-            self._is_released = True
-            result = None
             try:
-                if self.is_frozen:
-                    result = self._freezer.thaw()
+                result = self._thaw()
             finally:
-                self._run_post()
+                if not self._owes_nothing:
+                    self._owes_nothing = True
+                    self._run_post()
             return result
+
+    def part(self) -> bool:
+        """Let go of disks that are being detached; whether nothing was written until they were
+        nobody's any more. Then it holds for good: see ``why_broken``.
+
+        So it is when the power goes where the agent's own does not, as in the emulator's guests.
+        """
+        with self._lock:
+            if self.counts is None or not any(disk.device.why_gone() for disk in self._disks):
+                return False
+            self._thaw()
+            deadline = time.monotonic() + PARTING_SECONDS_MAX
+            while self._are_mounted():
+                if self._why_written() or time.monotonic() > deadline:
+                    return False
+                time.sleep(STILL_PAUSE_SECONDS)
+            self._is_over = not self._why_written()
+            return self._is_over
+
+    def _thaw(self) -> FreezeResult | None:
+        was_thawed, self._is_thawed = self._is_thawed, True
+        return self._freezer.thaw() if self.is_frozen and not was_thawed else None
+
+    def _are_mounted(self) -> bool:
+        mounts = read_mounts()
+        return any(mounts_on(disk.device.name, mounts) for disk in self._disks)
 
     def _why_over(self) -> str:
         gone = next((why for disk in self._disks if (why := disk.device.why_gone())), "")

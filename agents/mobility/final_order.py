@@ -109,6 +109,11 @@ class FinalBook:
         self._on_change()
         self._write(number, self._reason)
 
+    def revoke(self, reason: str) -> None:
+        """What was held before is not any more, if anything was."""
+        if self._held is not None:
+            self.fail(self._settled, reason)
+
     def told(self) -> FinalTold:
         """What is the case just now; looks at the proof once more."""
         held, wanted = self._held, self._wanted

@@ -70,6 +70,10 @@ class Finale:
         """Whether there is an order that was not carried out yet."""
         return self._book.is_due
 
+    async def begin(self) -> None:
+        """The disks are here, so the machine may write again, whatever was said before."""
+        await asyncio.to_thread(self._book.revoke, "the machine's disks have come back")
+
     async def carry_out(self) -> None:
         """Take a changeset for the order that is due; the final one if it holds all there is.
 
@@ -174,7 +178,7 @@ class Finale:
                 return f"{reason}, before the process server had acknowledged the changeset"
 
     async def _keep(self, order: FinalOrder, stamp: Stamp, hold: FinalHold) -> str:
-        """Hold it; why that has ended."""
+        """Hold it; why that has ended, empty where it holds for good: the disks are gone."""
         polling = asyncio.create_task(self._await_loss(stamp), name="final poll")
         stopping = asyncio.create_task(self._service.stop.wait(), name="final stop")
         try:
@@ -189,7 +193,7 @@ class Finale:
                 if polling.done():
                     return polling.result()
                 if reason := await asyncio.to_thread(hold.why_broken):
-                    return reason
+                    return "" if await asyncio.to_thread(hold.part) else reason
         finally:
             for task in (polling, stopping):
                 task.cancel()

@@ -161,6 +161,8 @@ class Replicator:
     async def _work(self) -> None:
         log = structlog.get_logger()
         settled = False
+        if self._final is not None:
+            await self._final.begin()
         if self._interrupted is not None:
             # Durable before anything is sent, or forgotten by a tracker.
             cause, reason = self._interrupted.cause, self._interrupted.reason

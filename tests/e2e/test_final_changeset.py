@@ -67,6 +67,7 @@ async def test_power_cut_after_a_final_changeset_loses_nothing(
             report.final_number,
         )
         safe = acknowledged(note)
+        held_since = len(rig.control.reports)
         await asyncio.to_thread(guest.cut_power)
         assert acknowledged(note) == safe, "a write was acknowledged after the freeze"
         assert safe <= records_at(rig.site, tmp_path)
@@ -74,11 +75,13 @@ async def test_power_cut_after_a_final_changeset_loses_nothing(
             assert flat.read_bytes() == rig.site.images[index], "a disk was written to afterwards"
         await rig.reported("it tells", lambda told: "is not on this machine" in told.reason)
         assert rig.site.manifests[-1] == final
+        finals = {told.final for told in rig.control.reports[held_since:]}
+        assert finals == {1}, "the machine is off, and nothing was written before it was"
 
         await asyncio.to_thread(guest.power_on)
         mounts = [Path(guest.mount_point(one)) for one in guest.config.disks]
         assert newest_of(mounts) >= safe
         report = await rig.reported("a resync", lambda told: told.cause is not None)
         assert report.phase in (Phase.RESYNC_REQUIRED, Phase.RESYNCHRONISING)
-        assert report.final == 0
+        assert (report.final, report.final_reason) == (0, "the machine's disks have come back")
     await rig.stop()

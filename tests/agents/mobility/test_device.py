@@ -286,3 +286,15 @@ def test_closing_leaves_no_descriptor(loop_disk: MakeLoopDisk) -> None:
     device.read(0, MIB)
     device.close()
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_disk_that_is_detached_is_told_as_going(
+    loop_disk: MakeLoopDisk, open_device: OpenDevice
+) -> None:
+    loop = loop_disk(1 << 20)
+    device = open_device(loop.path)
+    assert device.why_gone() == ""
+    loop.detach()
+    assert device.why_gone() == f"{loop.path} is being detached"
+    again = open_device(loop.path)  # whoever opens it now knows that
+    assert again.why_gone() == ""

@@ -239,6 +239,29 @@ def test_freezer_thaws_and_ends_on_sigterm(ext4: Mount, holder: Freezer) -> None
     assert not holder.thaw().held
 
 
+def test_look_changes_nothing_and_tells_of_a_thaw(mount: Mount, holder: Freezer) -> None:
+    holder.freeze([mount.point], LONG, freezing_seconds_max=LONG)
+    assert holder.look() == holder.look() == ""
+    writer = Writer(mount.point)
+    thaw(mount.point)
+    assert writer.done.wait(5)
+    assert holder.look() == f"{mount.point}: someone else thawed it"
+    assert holder.look() == f"{mount.point}: someone else thawed it"
+    result = holder.thaw()
+    assert (result.held, result.reason) == (False, f"{mount.point}: someone else thawed it")
+    assert Writer(mount.point).done.wait(5)
+    holder.freeze([mount.point], 0.1)
+    assert Writer(mount.point).done.wait(5)
+    assert "the time limit passed" in holder.look()
+    holder.thaw()
+    holder.freeze([mount.point], LONG)
+    assert holder.pid
+    os.kill(holder.pid, signal.SIGKILL)
+    assert "is gone" in holder.look()
+    assert not holder.thaw().held
+    assert Writer(mount.point).done.wait(5)
+
+
 def test_thaw_by_someone_else_is_told(ext4: Mount, holder: Freezer) -> None:
     holder.freeze([ext4.point], LONG)
     thaw(ext4.point)

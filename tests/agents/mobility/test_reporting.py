@@ -1,8 +1,10 @@
 """What the config server is told, from what is the case."""
 
+import dataclasses
 import uuid
 from pathlib import Path
 
+from agents.mobility.final_order import FinalTold
 from agents.mobility.host import HostFacts
 from agents.mobility.reporting import Situation, machine_report
 from agents.mobility.status import AgentStatus
@@ -78,3 +80,12 @@ def test_troubles_are_bounded_and_the_critical_come_first() -> None:
     assert len(told) == TROUBLES_MAX
     assert (told[0].part, told[0].severity) == ("disk", "critical")
     assert told[0].reason == clipped("c" * 5000)
+
+
+def test_final_changeset_is_told() -> None:
+    now = dataclasses.replace(situation(), final=FinalTold(3, 2, 9))
+    report = machine_report(now, Health())
+    assert (report.final, report.final_generation, report.final_number) == (3, 2, 9)
+    now = dataclasses.replace(situation(), final=FinalTold(reason="x" * 9999))
+    report = machine_report(now, Health())
+    assert (report.final, len(report.final_reason)) == (0, TEXT_CHARS_MAX)
