@@ -120,10 +120,11 @@ class Guest:
             for point, ids in segments.items():
                 forget_server(point, ids)
             flats = [self._datastore.flat_path(self.vmdk_path(disk)) for disk in self.config.disks]
-            for flat in flats:
-                block_device.begin_detach(flat)  # whoever reads the disk lets go of it
+            # Whoever reads a disk lets go of it now.
+            going = [device for flat in flats for device in block_device.begin_detach(flat)]
             for point in reversed(points):
                 block_device.unmount_by_force(point)
+            block_device.forget_partitions(going)
             for flat in flats:
                 block_device.detach(flat)
 
