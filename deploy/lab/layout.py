@@ -57,7 +57,7 @@ trim_interval_seconds = 3 }}}}
 [[guests]]
 name = "boot-01"
 disks = [{{{{ name = "os", size_bytes = {1024 * _MIB}, file_system = "ext4", \
-image = "{{image}}" }}}}]
+mount_options = "noatime,nodev,nosuid", image = "{{image}}" }}}}]
 workload = {{{{ kind = "system", disk = "os", writes_per_second = 20 }}}}
 """
 

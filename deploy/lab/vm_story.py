@@ -20,10 +20,10 @@ from replication.errors import IntegrityError
 from vsphere_emu.image.builder import cache_folder, copy_image, default_recipe, ensure_image
 
 MACHINE = "vm-01"
-BOOT_SECONDS_MAX = 300.0
-ENROL_SECONDS_MAX = 300.0
-INITIAL_SECONDS_MAX = 900.0
-CATCH_UP_SECONDS_MAX = 300.0
+BOOT_SECONDS_MAX = 600.0
+ENROL_SECONDS_MAX = 600.0
+INITIAL_SECONDS_MAX = 1800.0
+CATCH_UP_SECONDS_MAX = 600.0
 OS_SERIAL, AGENT_SERIAL = "os", "agent"
 SOURCE_PROCESSORS = 2
 _PORT_SOURCE, _PORT_POINT = 80, 81
