@@ -244,7 +244,7 @@ def _orders(machine: Machine) -> bool:
 
 def _removed(machine: Machine, heard: Mapping[uuid.UUID, Heard]) -> bool:
     """Whether its points are gone that were left to be deleted when nobody waited for it."""
-    if machine.points != REMOVING or machine.state != State.UNPROTECTED:
+    if machine.points != REMOVING or machine.state not in (State.UNPROTECTED, State.COMMITTED):
         return False
     if machine.applier_id is None:
         return True

@@ -4,15 +4,17 @@ Reports are large and most are the same as at the last look: only those that are
 """
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from appliance.config_server.protection.jobs import JobState
+from appliance.config_server.protection.jobs import JobKind, JobState
 from appliance.config_server.protection.table import State as Protection
+from appliance.config_server.recovery.run import FailoverKind, FailoverState
 from appliance.config_server.store.engine import Database
+from appliance.config_server.store.recovery_tables import Failover, RecoveredVm
 from appliance.config_server.store.schema import (
     Certificate,
     Job,
@@ -23,6 +25,7 @@ from appliance.config_server.store.schema import (
 )
 from appliance.config_server.watching.assessment import Findings, MachineRow
 from appliance.config_server.watching.component_health import NodeFacts, VCenterFacts
+from appliance.config_server.watching.failover_health import NO_FAILOVERS, FailoverFacts
 from appliance.config_server.watching.health import MachineFacts
 from appliance.config_server.watching.rpo import NS
 from replication.control.report import MachineReport, Report, read_report
@@ -32,6 +35,7 @@ FAILED_JOB_SECONDS = 7 * 86400
 """A failed job that nobody repeats is forgotten then."""
 
 REPORTS_AT_ONCE_MAX = 200
+_TOLD_BY_FAILOVERS = (JobKind.TEST_FAILOVER, JobKind.FAILOVER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +58,26 @@ class FactReader:
             ends = await _certificates(session)
             machines = (await session.execute(_MACHINES)).all()
             failed = await _failed_jobs(session, now_ns)
+            failovers = await _failovers(session, now_ns)
+            vms = await session.scalars(
+                select(RecoveredVm.compute_id).where(RecoveredVm.gone_ns.is_(None)).distinct()
+            )
+            computes = set(vms)
             vcenters = (await session.execute(_VCENTERS)).all()
             jobs = (
                 await session.execute(select(Job.state, func.count()).group_by(Job.state))
             ).all()
         used = {row.process_server_id for row in machines} | {row.applier_id for row in machines}
+        used |= computes
         return Findings(
             machines=tuple(
-                self._machine(row, ends.get(row.id, 0), failed.get(row.id, "")) for row in machines
+                self._machine(
+                    row,
+                    ends.get(row.id, 0),
+                    failed.get(row.id, ""),
+                    failovers.get(row.id, NO_FAILOVERS),
+                )
+                for row in machines
             ),
             nodes=tuple(
                 self._node(row, ends.get(row.id, 0))
@@ -89,7 +105,9 @@ class FactReader:
             for node, seen_ns, report in await session.execute(query):
                 self._reports[node] = _Seen(seen_ns, read_report(report))
 
-    def _machine(self, row: Any, certificate_ns: int, failed_job: str) -> MachineRow:
+    def _machine(
+        self, row: Any, certificate_ns: int, failed_job: str, failovers: FailoverFacts
+    ) -> MachineRow:
         held = self._reports.get(row.id)
         report = held.report if held else None
         facts = MachineFacts(
@@ -105,6 +123,10 @@ class FactReader:
             received_ns=held.seen_ns if held else 0,
             certificate_ns=certificate_ns,
             failed_job=failed_job,
+            failovers=replace(
+                failovers,
+                uncommitted_since_ns=row.since_ns if row.state == Protection.FAILED_OVER else 0,
+            ),
         )
         return MachineRow(facts, row.process_server_id, row.applier_id)
 
@@ -144,8 +166,30 @@ async def _failed_jobs(session: AsyncSession, now_ns: int) -> dict[uuid.UUID, st
     return {
         target: f"{kind} failed: {(error or {}).get('message', 'no reason is known')}"
         for target, kind, error in await session.execute(query)
-        if target is not None
+        if target is not None and kind not in _TOLD_BY_FAILOVERS
     }
+
+
+async def _failovers(session: AsyncSession, now_ns: int) -> dict[uuid.UUID, FailoverFacts]:
+    """What each machine's failovers have come to: the newest, and the oldest open test."""
+    found: dict[uuid.UUID, FailoverFacts] = {}
+    query = select(
+        Failover.machine_id, Failover.kind, Failover.state, Failover.asked_ns, Failover.error
+    ).where(
+        (Failover.asked_ns > now_ns - FAILED_JOB_SECONDS * NS)
+        | (Failover.state == FailoverState.UP)
+    )
+    for row in await session.execute(query.order_by(Failover.asked_ns)):
+        facts = found.get(row.machine_id, NO_FAILOVERS)
+        is_test = row.kind == FailoverKind.TEST
+        failed = ""
+        if row.state == FailoverState.FAILED:
+            failed = (row.error or {}).get("message", "no reason is known")
+        since_ns = facts.test_since_ns
+        if is_test and row.state == FailoverState.UP:
+            since_ns = since_ns or row.asked_ns
+        found[row.machine_id] = FailoverFacts(failed, is_test, since_ns)
+    return found
 
 
 _NODES = select(Node.id, Node.role, Node.name, Node.enrolled_ns, Node.seen_ns)

@@ -7,8 +7,13 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from appliance.config_server.protection.table import RESYNCING
+from appliance.config_server.protection.table import RECOVERING, RESYNCING
 from appliance.config_server.protection.table import State as Protection
+from appliance.config_server.watching.failover_health import (
+    NO_FAILOVERS,
+    FailoverFacts,
+    failover_reasons,
+)
 from appliance.config_server.watching.node_health import (
     certificate_reason,
     silence_reason,
@@ -38,8 +43,8 @@ from replication.control.report import (
     StreamReport,
 )
 
-WATCHED = frozenset(Protection) - {Protection.UNPROTECTED}
-"""States in which the agent must be heard of."""
+WATCHED = frozenset(Protection) - {Protection.UNPROTECTED} - RECOVERING
+"""States in which the agent must be heard of: the source of a failover is off, or gone."""
 
 HAS_POINTS = frozenset({Protection.PROTECTED, *RESYNCING})
 """States in which there are points, which grow old."""
@@ -73,6 +78,7 @@ class MachineFacts:
     stream, store:     what its process server and its applier have of it.
     certificate_ns:    when its newest good certificate ends; 0: it has none.
     failed_job:        the error of its newest job, where that failed.
+    failovers:         what its failovers have come to.
     """
 
     id: uuid.UUID
@@ -93,6 +99,7 @@ class MachineFacts:
     app_expectation: AppExpectation | None = None
     certificate_ns: int = 0
     failed_job: str = ""
+    failovers: FailoverFacts = NO_FAILOVERS
     interval_seconds: float = REPORT_SECONDS_DEFAULT
 
     @property
@@ -115,11 +122,13 @@ def machine_rpo(facts: MachineFacts, now_ns: int) -> Rpo:
 
 
 def machine_health(facts: MachineFacts, now_ns: int, thresholds: Thresholds = THRESHOLDS) -> Health:
-    """A machine that nobody wants protected is normal."""
+    """A machine that nobody wants protected is normal; one that is failed over is not missed."""
+    failovers = list(failover_reasons(facts.failovers, now_ns, thresholds))
     if facts.state not in WATCHED:
-        return health_of([_failed_job(facts)])
+        return health_of([_failed_job(facts), *failovers])
     return health_of(
         [
+            *failovers,
             _silent(facts, now_ns, thresholds),
             _certificate(facts, now_ns, thresholds),
             _skew(facts, thresholds),

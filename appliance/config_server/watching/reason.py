@@ -61,6 +61,9 @@ class Code(enum.StrEnum):
     STORE_SPACE_LOW = "store-space-low"
     VCENTER_UNREACHABLE = "vcenter-unreachable"
     VCENTER_REFUSES = "vcenter-refuses"
+    FAILOVER_FAILED = "failover-failed"
+    TEST_NOT_CLEANED = "test-not-cleaned-up"
+    NOT_COMMITTED = "not-committed"
     DEFECT = "defect"
 
 
@@ -183,6 +186,18 @@ KINDS: dict[Code, Kind] = {
     Code.VCENTER_REFUSES: Kind(
         "user or password are wrong; it is not asked again until they are changed",
         "set the password anew: `understudy vcenters update NAME --password-file FILE`",
+    ),
+    Code.FAILOVER_FAILED: Kind(
+        "a step of it could not be done, or the virtual machine did not come up",
+        "see the failover's error and its console; another point may be better",
+    ),
+    Code.TEST_NOT_CLEANED: Kind(
+        "its virtual machine uses memory, and its recovery point is kept",
+        "`understudy failovers cleanup ID` removes all of it",
+    ),
+    Code.NOT_COMMITTED: Kind(
+        "the virtual machine still reads from its recovery point; nothing protects it",
+        "commit the failover, or take it back: `understudy failovers`",
     ),
     Code.DEFECT: Kind(
         "the config server itself has a defect; others are watched as ever",

@@ -11,9 +11,18 @@ from typing import Any
 import httpx
 
 from appliance.config_server.api.peer import Peer
+from replication.control.recovery import (
+    HeldPoint,
+    PointDisk,
+    VmCheck,
+    VmPower,
+    VmReport,
+    VmState,
+)
 from replication.control.report import (
     ApplierReport,
     BlockDevice,
+    ComputeReport,
     MachineReport,
     Phase,
     ProcessServerReport,
@@ -84,7 +93,19 @@ class Fleet:
                 for each in told["machines"]
             ]
             stores += [StoreReport(machine=each, removed=True) for each in told["removed"]]
-            return ApplierReport(time_ns=now_ns, assignment=told["version"], stores=tuple(stores))
+            return ApplierReport(
+                time_ns=now_ns,
+                assignment=told["version"],
+                stores=tuple(stores),
+                holds=tuple(_held(hold, now_ns) for hold in told["holds"]),
+            )
+        if peer.role is NodeRole.COMPUTE:
+            return ComputeReport(
+                time_ns=now_ns,
+                assignment=told["version"],
+                vms=tuple(_vm(order) for order in told["vms"]),
+                removed=tuple(told["removed"]),
+            )
         phase = Phase.REPLICATING if told["replicate"] and name in self.keys else Phase.IDLE
         return MachineReport(
             time_ns=now_ns,
@@ -98,6 +119,34 @@ class Fleet:
             restorable_ns=now_ns,
             resync_request=told["resync"]["request"],
         )
+
+
+def _held(hold: dict[str, Any], now_ns: int) -> HeldPoint:
+    """Every point is there, whatever it is called."""
+    return HeldPoint(
+        id=hold["id"],
+        machine=hold["machine"],
+        state="held",
+        folder="web-1",
+        point="p1",
+        generation=1,
+        number=1,
+        time_ns=now_ns,
+        consistency="crash",
+        disks=(PointDisk(index=0, name="sda", size_bytes=GIB),),
+    )
+
+
+def _vm(order: dict[str, Any]) -> VmReport:
+    state = VmState.UP if order["power"] == VmPower.ON else VmState.DISKS_READY
+    check = VmCheck(passed=True, detail="all mounted") if state is VmState.UP else None
+    return VmReport(
+        id=order["id"],
+        state=state,
+        check=check,
+        address="10.0.0.2",
+        independent=order["independent"],
+    )
 
 
 @contextlib.asynccontextmanager

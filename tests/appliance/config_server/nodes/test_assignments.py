@@ -1,17 +1,22 @@
 """What each role is told, as a function of rows."""
 
 import uuid
+from typing import Any
 
 import pytest
 
 from appliance.config_server.nodes.assignments import (
+    FINAL_SECONDS_MAX,
+    REMOVED,
     Protected,
     for_applier,
+    for_compute,
     for_machine,
     for_process_server,
 )
-from appliance.config_server.protection.table import REPLICATING, State
+from appliance.config_server.protection.table import RECOVERING, REPLICATING, SENDING, State
 from appliance.config_server.protection.transition import KEPT, NO_POINTS, REMOVING
+from appliance.config_server.store.recovery_tables import PointHold, RecoveredVm
 from appliance.config_server.store.schema import Machine, Node, Policy, ProtectedDisk
 
 ID = uuid.UUID(int=1)
@@ -64,8 +69,68 @@ def test_a_machine_replicates_in_the_states_that_say_so(state: State) -> None:
     told = for_machine(
         NODE, Protected(machine(state), policy()), [disk(0)], process_server_url=URL, now_ns=0
     )
-    assert (told.protected, told.replicate) == (state in REPLICATING,) * 2
-    assert bool(told.disks) == (state in REPLICATING)
+    assert told.protected == bool(told.disks) == (state in REPLICATING | RECOVERING)
+    assert told.replicate == (state in SENDING)
+
+
+def test_a_final_changeset_is_ordered_by_a_number_and_taken_back_by_none() -> None:
+    row = machine(State.FAILING_OVER)
+    row.final_order = 4
+    for wanted, order in ((True, 4), (False, 0)):
+        row.final_wanted = wanted
+        told = for_machine(
+            NODE, Protected(row, policy()), [disk(0)], process_server_url=URL, now_ns=0
+        )
+        assert (told.final, told.final_seconds_max) == (order, FINAL_SECONDS_MAX)
+
+
+def test_an_applier_holds_what_stands_and_is_its_own() -> None:
+    def hold(number: int, applier: uuid.UUID, ended_ns: int | None = None) -> PointHold:
+        return PointHold(
+            id=uuid.UUID(int=number),
+            machine_id=ID,
+            applier_id=applier,
+            choice="latest",
+            generation=1,
+            number=7,
+            until_ns=number,
+            ended_ns=ended_ns,
+        )
+
+    rows = [hold(2, NODE.id), hold(1, NODE.id), hold(3, uuid.uuid4()), hold(4, NODE.id, 1)]
+    told = for_applier(NODE, [], rows).holds
+    assert [each.id.int for each in told] == [1, 2]
+    assert (told[0].machine, told[0].choice, told[0].until_ns) == (ID, "latest", 1)
+    assert (told[0].generation, told[0].number) == (1, 7)
+
+
+def test_a_compute_node_is_told_what_is_to_be_there_and_by_name_what_is_to_go() -> None:
+    def vm(number: int, wanted: str, *, compute: uuid.UUID = NODE.id, gone: bool = False) -> Any:
+        source = {"index": 0, "name": "sda", "size_bytes": 512, "source": "web/p/disk0.img"}
+        return RecoveredVm(
+            id=uuid.UUID(int=number),
+            machine_id=ID,
+            compute_id=compute,
+            wanted=wanted,
+            document={"name": "web", "network": "n", "disks": [source]},
+            independent=number == 1,
+            gone_ns=1 if gone else None,
+        )
+
+    rows = [
+        vm(3, REMOVED),
+        vm(2, "on"),
+        vm(1, "disks"),
+        vm(4, "on", compute=uuid.uuid4()),
+        vm(5, REMOVED, gone=True),
+    ]
+    told = for_compute(NODE, rows)
+    assert [(each.id.int, each.power, each.independent) for each in told.vms] == [
+        (1, "disks", True),
+        (2, "on", False),
+    ]
+    assert told.vms[0].disks[0].source == "web/p/disk0.img"
+    assert [each.int for each in told.removed] == [3]
 
 
 def test_disks_are_told_in_order_without_the_excluded() -> None:
@@ -141,7 +206,8 @@ def test_points_go_only_when_that_was_asked_for(state: State, points: str) -> No
     if points == KEPT:
         assert [each.id for each in told.machines] == [ID]
         live = state != State.UNPROTECTED
-        assert (told.machines[0].apply, told.machines[0].keep) == (live, live)
+        thinned = live and state not in RECOVERING
+        assert (told.machines[0].apply, told.machines[0].keep) == (live, thinned)
         assert told.machines[0].retention_seconds == 7200
 
 

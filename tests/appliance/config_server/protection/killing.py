@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,10 +106,15 @@ async def begin(place: Place, kind: JobKind, trap: Trap) -> dict[str, Any]:
             job = await getattr(requests, name)(asking, "web-1", **options)
         await stage.protection.begin(job.id)
         told = await outcome(stage, kind)
-        async with asyncio.timeout(WAIT_SECONDS):
-            while trap.seen[-1] != LAST:  # noqa: ASYNC110 - the trap has no loop to tell
-                await asyncio.sleep(0.01)
+        await sprung(trap)
         return {**told, "boundaries": trap.seen}
+
+
+async def sprung(trap: Trap) -> None:
+    """The job has ended for DBOS as well, or the trap has sprung."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        while trap.seen[-1] != LAST:  # noqa: ASYNC110 - the trap has no loop to tell
+            await asyncio.sleep(0.01)
 
 
 async def go_on(place: Place, kind: JobKind) -> dict[str, Any]:
@@ -167,37 +172,52 @@ async def do(place: Place, what: str, work: Callable[[], Any]) -> Any:
     return json.loads(result.read_text())
 
 
-async def run(origin: Place, kind: JobKind, kill_at: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Play:
+    """How jobs are brought to where they start, run, and gone on with.
+
+    worth: which of the boundaries of a whole run are tried, counted from 1.
+    """
+
+    prepare: Callable[[Place, JobKind], Coroutine[Any, Any, None]]
+    begin: Callable[[Place, JobKind, Trap], Coroutine[Any, Any, dict[str, Any]]]
+    go_on: Callable[[Place, JobKind], Coroutine[Any, Any, dict[str, Any]]]
+    worth: Callable[[list[str]], list[int]] = lambda seen: list(range(1, len(seen) + 1))
+
+
+async def run(play: Play, origin: Place, kind: JobKind, kill_at: int) -> dict[str, Any]:
     """A job, killed at a boundary and gone on with; NEVER: undisturbed."""
     place = origin.copy(f"{kind}-{kill_at}")
-    told = await do(place, "begun", lambda: asyncio.run(begin(place, kind, Trap(kill_at))))
+    told = await do(place, "begun", lambda: asyncio.run(play.begin(place, kind, Trap(kill_at))))
     if told is not None:
         return {"killed": False, **told}
-    return {"killed": True, **await do(place, "ended", lambda: asyncio.run(go_on(place, kind)))}
+    ended = await do(place, "ended", lambda: asyncio.run(play.go_on(place, kind)))
+    return {"killed": True, **ended}
 
 
-async def main(folder: Path, server: str | None, kinds: list[JobKind]) -> None:
+async def main(play: Play, folder: Path, server: str | None, kinds: list[JobKind]) -> None:
     """Run jobs of all kinds, undisturbed and killed everywhere."""
     free = asyncio.Semaphore(CHILDREN_MAX)
 
     async def one(origin: Place, kind: JobKind, kill_at: int) -> dict[str, Any]:
         async with free:
-            told = await run(origin, kind, kill_at)
+            told = await run(play, origin, kind, kill_at)
         print(json.dumps({"kind": kind, "kill_at": kill_at, **told}), flush=True)  # noqa: T201
         return told
 
     async def all_of(kind: JobKind) -> None:
         origin = Place(folder / f"{kind}-origin", server)
         origin.make()
-        await do(origin, "prepared", lambda: asyncio.run(prepare(origin, kind)))
+        await do(origin, "prepared", lambda: asyncio.run(play.prepare(origin, kind)))
         whole = await one(origin, kind, NEVER)
-        count = len(whole["boundaries"])
-        await asyncio.gather(*(one(origin, kind, kill_at) for kill_at in range(1, count + 1)))
+        tried = play.worth(whole["boundaries"])
+        await asyncio.gather(*(one(origin, kind, kill_at) for kill_at in tried))
 
     await asyncio.gather(*(all_of(kind) for kind in kinds))
 
 
-if __name__ == "__main__":
+def command(play: Play, kinds: list[JobKind], warm_up_kind: JobKind) -> None:
+    """The program: ``FOLDER [--server URL] [--kind KIND]…``."""
     configure_log(daemon="killed", level="error")
     arguments = argparse.ArgumentParser()
     arguments.add_argument("folder", type=Path)
@@ -207,5 +227,9 @@ if __name__ == "__main__":
     warm_up = Place(given.folder / "warm-up", None)
     warm_up.make()
     # What every child would do anew is done once: imports, and the mapping of tables to classes.
-    asyncio.run(prepare(warm_up, JobKind.RESYNC))
-    asyncio.run(main(given.folder, given.server, given.kind or list(ASK)))
+    asyncio.run(play.prepare(warm_up, warm_up_kind))
+    asyncio.run(main(play, given.folder, given.server, given.kind or kinds))
+
+
+if __name__ == "__main__":
+    command(Play(prepare, begin, go_on), list(ASK), JobKind.RESYNC)

@@ -23,13 +23,15 @@ STEP_BOUNDARIES = 3
 END_BOUNDARIES = 4
 
 
-def kill_everywhere(folder: Path, *arguments: str) -> dict[str, list[dict[str, Any]]]:
+def kill_everywhere(
+    folder: Path, *arguments: str, play: str = "tests.appliance.config_server.protection.killing"
+) -> dict[str, list[dict[str, Any]]]:
     """What came of each kind of job: undisturbed, then killed at each boundary."""
     told = subprocess.run(
         [
             sys.executable,
             "-m",
-            "tests.appliance.config_server.protection.killing",
+            play,
             str(folder),
             *arguments,
         ],

@@ -37,10 +37,10 @@ async def stuck(folder: Path, url: str) -> None:
 
 
 @contextlib.contextmanager
-def other_server(folder: Path, url: str) -> Iterator[Any]:
-    """The process of `stuck`; it prints its job's id."""
+def other_server(folder: Path, url: str, module: str = __name__) -> Iterator[Any]:
+    """The process of ``module``'s `stuck`; it prints its job's id."""
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(folder), url],
+        [sys.executable, "-m", module, str(folder), url],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,

@@ -73,13 +73,12 @@ POINTS = {"old": 5, "newer": 7, "newest": 9}
 
 APP_CONSISTENT = "newer"
 DISKS = (PointDisk(index=0, name="sda", size_bytes=GIB),)
-NEW_JOBS = JobsConfig(answer_seconds_max=20, sweep_seconds=0.3, silence_seconds_max=2)
 
 
 @dataclass(slots=True)
 class RecoveryNodes(Nodes):
     """behind:  machines whose durable changesets are not applied yet.
-    frozen_not: why agents cannot freeze. thawed: they thaw when the source is switched off.
+    frozen_not: why agents cannot freeze.
     broken:     why VMs of these names cannot be made. unwell: why their checks fail.
     stuck:      names of VMs that never come up.
     memory_bytes: of the compute node.
@@ -252,9 +251,11 @@ class Actions:
     endless: set[str] = field(default_factory=set)
     orders: list[ActionOrder] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self, order: ActionOrder) -> ActionOutcome:
         self.orders.append(order)
+        self.begun.set()
         if order.name in self.endless:
             try:
                 await asyncio.Event().wait()

@@ -1,0 +1,197 @@
+"""What follows from what applier and compute node answer."""
+
+import uuid
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from appliance.config_server.recovery.decisions import (
+    Bad,
+    Good,
+    HoldView,
+    Instead,
+    Stamp,
+    Wait,
+    hold_is_needed,
+    judge_disks,
+    judge_hold,
+    judge_off,
+    judge_vm,
+    rpo_seconds,
+    rto_seconds,
+    settled_state,
+    source_disks,
+)
+from appliance.config_server.recovery.run import FailoverState
+from replication.control.recovery import (
+    HeldPoint,
+    PointChoice,
+    PointDisk,
+    VmCheck,
+    VmReport,
+    VmState,
+)
+
+MACHINE = uuid.UUID(int=1)
+SECOND = 10**9
+ANSWER = 30 * SECOND
+HELD = HeldPoint(
+    id=uuid.UUID(int=2),
+    machine=MACHINE,
+    state="held",
+    folder="web-1",
+    point="p7",
+    generation=1,
+    number=7,
+    disks=(PointDisk(index=0, name="sda", size_bytes=512),),
+)
+
+
+def view(
+    choice: str = PointChoice.LATEST, *, waited: float = 1, final: Stamp | None = None
+) -> HoldView:
+    return HoldView(MACHINE, choice, int(waited * SECOND), 120, ANSWER, final)
+
+
+def waiting(reason: str = "") -> HeldPoint:
+    return HeldPoint(id=HELD.id, machine=MACHINE, state="waiting", reason=reason)
+
+
+def test_a_held_point_is_taken() -> None:
+    assert judge_hold(view(), HELD) == Good()
+    assert [disk.source for disk in source_disks(HELD)] == ["web-1/p7/disk0.img"]
+
+
+def test_the_latest_is_waited_for_then_what_is_processed_is_taken() -> None:
+    assert judge_hold(view(waited=119), waiting("1.9 is missing")) == Wait(
+        "waits for the applier: 1.9 is missing"
+    )
+    assert judge_hold(view(waited=121), waiting()) == Instead(PointChoice.LATEST_PROCESSED)
+
+
+def test_the_last_changeset_is_replaced_by_no_other_point() -> None:
+    final = Stamp(1, 7)
+    assert isinstance(judge_hold(view(waited=121, final=final), waiting()), Wait)
+    late = judge_hold(view(waited=151, final=final), waiting())
+    assert isinstance(late, Bad)
+    assert late.code == "no_answer"
+    assert judge_hold(view(final=final), HELD) == Good()
+    other = judge_hold(view(final=Stamp(1, 6)), HELD)
+    assert isinstance(other, Bad)
+    assert other.code == "not_the_last"
+
+
+@pytest.mark.parametrize("choice", ["p7", PointChoice.LATEST_PROCESSED])
+def test_an_applier_that_does_not_answer_is_waited_for_so_long_and_no_longer(choice: str) -> None:
+    assert judge_hold(view(choice, waited=29), None) == Wait("waits for the applier")
+    late = judge_hold(view(choice, waited=31), None)
+    assert isinstance(late, Bad)
+    assert late.code == "no_answer"
+
+
+def test_a_silent_applier_is_given_no_other_order_to_leave_undone() -> None:
+    assert isinstance(judge_hold(view(waited=121), None), Wait)
+    assert isinstance(judge_hold(view(waited=151), None), Bad)
+
+
+def test_what_is_refused_says_why() -> None:
+    refused = HELD.model_copy(update={"state": "refused", "reason": "no such point"})
+    found = judge_hold(view("p8"), refused)
+    assert isinstance(found, Bad)
+    assert (found.code, "no such point" in found.message) == ("point_refused", True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"machine": uuid.UUID(int=9)},
+        {"disks": ()},
+        {"folder": "../etc"},
+        {"folder": "/etc"},
+        {"folder": ""},
+        {"point": ".."},
+        {"point": "a//b"},
+    ],
+)
+def test_a_point_of_another_machine_or_place_is_no_point(change: dict[str, object]) -> None:
+    found = judge_hold(view(), HELD.model_copy(update=change))
+    assert isinstance(found, Bad)
+    assert found.code == "point_wrong"
+
+
+def vm(state: VmState, **changes: object) -> VmReport:
+    return VmReport.model_validate({"id": MACHINE, "state": state, **changes})
+
+
+def test_disks_are_made_or_not() -> None:
+    assert isinstance(judge_disks(None, 0, ANSWER), Wait)
+    assert isinstance(judge_disks(vm(VmState.PREPARING), 0, ANSWER), Wait)
+    assert judge_disks(vm(VmState.DISKS_READY), 0, ANSWER) == Good()
+    for found in (
+        judge_disks(None, ANSWER + 1, ANSWER),
+        judge_disks(vm(VmState.FAILED, reason="no room"), 0, ANSWER),
+    ):
+        assert isinstance(found, Bad)
+        assert found.hint
+
+
+@pytest.mark.parametrize("state", VmState)
+@pytest.mark.parametrize("waited", [0, 1000])
+def test_a_vm_is_up_when_it_is_up_and_its_check_has_passed(state: VmState, waited: int) -> None:
+    found = judge_vm(vm(state), waited * SECOND, check_seconds_max=300, answer_ns=ANSWER)
+    if state is VmState.UP:
+        assert found == Good()
+    elif state in (VmState.FAILED, VmState.STOPPED) or waited:
+        assert isinstance(found, Bad)
+    else:
+        assert isinstance(found, Wait)
+
+
+def test_a_check_that_failed_and_a_node_that_says_nothing() -> None:
+    failed = VmCheck(passed=False, detail="/dev/vda1 is not clean")
+    found = judge_vm(vm(VmState.UP, check=failed), 0, check_seconds_max=1, answer_ns=ANSWER)
+    assert isinstance(found, Bad)
+    assert "not clean" in found.message
+    assert isinstance(judge_vm(None, 0, check_seconds_max=1, answer_ns=ANSWER), Wait)
+    assert isinstance(judge_vm(None, ANSWER + 1, check_seconds_max=1, answer_ns=ANSWER), Bad)
+
+
+@pytest.mark.parametrize("state", VmState)
+def test_off_is_what_does_not_run(state: VmState) -> None:
+    runs = state in (VmState.STARTING, VmState.UP)
+    assert isinstance(judge_off(vm(state)), Wait if runs else Good)
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.booleans())),
+    st.sampled_from(FailoverState),
+    st.booleans(),
+)
+def test_a_hold_ends_only_when_no_vm_reads_from_it(
+    vms: list[tuple[bool, bool]], state: FailoverState, has_job: bool
+) -> None:
+    needed = hold_is_needed(vms, state, has_job=has_job)
+    if any(not is_gone and not is_independent for is_gone, is_independent in vms):
+        assert needed
+    elif vms or not has_job:
+        assert not needed
+
+
+@pytest.mark.parametrize("state", FailoverState)
+def test_what_is_to_go_has_gone_when_the_last_vm_has(state: FailoverState) -> None:
+    ends = {
+        FailoverState.CLEANING: FailoverState.CLEANED,
+        FailoverState.CANCELLING: FailoverState.CANCELLED,
+    }
+    assert settled_state(state, [True, True]) is ends.get(state)
+    assert settled_state(state, []) is ends.get(state)
+    assert settled_state(state, [True, False]) is None
+
+
+def test_both_objectives_are_told_in_seconds_where_they_are_known() -> None:
+    assert rto_seconds(2 * SECOND, 5 * SECOND) == 3
+    assert rto_seconds(2 * SECOND, 0) is None
+    assert rpo_seconds(9 * SECOND, 4 * SECOND) == 5
+    assert rpo_seconds(9 * SECOND, 0) is None
+    assert rpo_seconds(4 * SECOND, 9 * SECOND) == 0
