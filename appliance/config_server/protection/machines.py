@@ -55,7 +55,7 @@ async def find_node(session: AsyncSession, reference: str, now_ns: int) -> Node:
     ConflictError for a name that two have.
     """
     machines = select(Node).where(Node.role == NodeRole.MACHINE)
-    node_id = _uuid(reference)
+    node_id = uuid_of(reference)
     by_id = await session.scalar(machines.where(Node.id == node_id)) if node_id else None
     if by_id is not None:
         return by_id
@@ -88,7 +88,8 @@ def has_live_certificate(now_ns: int) -> ColumnElement[bool]:
     )
 
 
-def _uuid(text: str) -> uuid.UUID | None:
+def uuid_of(text: str) -> uuid.UUID | None:
+    """None for what is no UUID."""
     try:
         return uuid.UUID(text)
     except ValueError:
@@ -99,7 +100,7 @@ async def _refuse_without_agent(session: AsyncSession, reference: str) -> None:
     """For a VM of the inventory: go on with its agent, or say how to get one."""
     query = select(VirtualMachine).where(
         VirtualMachine.removed_ns.is_(None),
-        or_(VirtualMachine.name == reference, VirtualMachine.id == _uuid(reference)),
+        or_(VirtualMachine.name == reference, VirtualMachine.id == uuid_of(reference)),
     )
     vm = await session.scalar(query.limit(1))
     if vm is None:

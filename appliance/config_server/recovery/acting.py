@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import structlog
 from sqlalchemy import select
 
 from appliance.config_server.protection.workflow import (
@@ -76,7 +77,12 @@ class ActionSteps:
         self, order: ActionOrder
     ) -> Callable[[], Awaitable[Callable[[RecoveryScene], Awaitable[None]]]]:
         async def do() -> Callable[[RecoveryScene], Awaitable[None]]:
-            outcome = await self.port.run(order)
+            try:
+                outcome = await self.port.run(order)
+            except Exception as error:  # noqa: BLE001 - told by what failed, and by the log
+                # Else the job would be begun again, and the action done again, without end.
+                structlog.get_logger().exception("an action cannot be run", action=order.name)
+                outcome = ActionOutcome(succeeded=False, detail=f"a defect: {error!r}")
 
             async def record(scene: RecoveryScene) -> None:
                 row = await scene.session.get_one(PlanAction, order.id)

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
+import structlog
+
 from appliance.config_server.nodes.assignments import FINAL_SECONDS_MAX
 from appliance.config_server.protection.machines import next_final
 from appliance.config_server.protection.workflow import Done, Outside, Verdict, Waiting
@@ -137,6 +139,10 @@ class FailoverSteps:
             return f"its vCenter did not do it within {POWER_OFF_SECONDS_MAX:.0f} s"
         except ReplicationError as error:
             return str(error.args[0])
+        except Exception as error:  # noqa: BLE001 - told by what failed, and by the log
+            # Else the job would be begun again without end, while the source stays frozen.
+            structlog.get_logger().exception("a source cannot be switched off", vm=str(vm))
+            return f"a defect: {error!r}"
         return ""
 
     async def hold_points(self, scene: RecoveryScene) -> Verdict:

@@ -14,7 +14,7 @@ from appliance.config_server.protection.requests import Asking
 from appliance.config_server.protection.table import Event, State, step
 from appliance.config_server.protection.transition import enter
 from appliance.config_server.recovery.room import refuse_full, refuse_held_points
-from appliance.config_server.recovery.run import FailoverKind, FailoverState
+from appliance.config_server.recovery.run import OPEN, FailoverKind, FailoverState
 from appliance.config_server.recovery.workflows import STEPS
 from appliance.config_server.store.recovery_tables import Failover
 from appliance.config_server.store.schema import Job, Machine
@@ -26,6 +26,7 @@ async def commit(asking: Asking, failover: uuid.UUID, *, delete_points: bool = F
     both = await _settled(asking, failover, Event.COMMIT_ASKED)
     if delete_points:
         await refuse_held_points(asking.session, both[1], asking.now_ns)
+        await _refuse_open_tests(asking, both[1])
     return _follow_up(
         asking, both, Event.COMMIT_ASKED, JobKind.COMMIT, {"delete_points": delete_points}
     )
@@ -66,6 +67,22 @@ def refuse_at_work(row: Failover) -> None:
         raise BusyError(
             f"a job is at work on the failover of {row.machine}: {row.job_id}",
             hint=f"wait for it or cancel it: `understudy jobs {row.job_id} --follow`",
+        )
+
+
+async def _refuse_open_tests(asking: Asking, machine: Machine) -> None:
+    """Raises ConflictError while VMs of tests read from the machine's points."""
+    test = await asking.session.scalar(
+        select(Failover.id).where(
+            Failover.machine_id == machine.id,
+            Failover.kind == FailoverKind.TEST,
+            Failover.state.in_(OPEN),
+        )
+    )
+    if test is not None:
+        raise ConflictError(
+            f"a test failover of {machine.name} needs its points: {test}",
+            hint="clean it up first, or commit without deleting the points",
         )
 
 

@@ -1,4 +1,4 @@
-"""The health of what replication runs on: process servers, appliers, vCenters. Pure.
+"""The health of what all runs on: process servers, appliers, compute nodes, vCenters. Pure.
 
 Source: docs/CONTROL.md §10.
 """
@@ -29,6 +29,7 @@ from replication.control.report import (
     REPORT_SECONDS_DEFAULT,
     AnyReport,
     ApplierReport,
+    ComputeReport,
     Load,
     ProcessServerReport,
 )
@@ -100,7 +101,11 @@ def node_health(facts: NodeFacts, now_ns: int, thresholds: Thresholds = THRESHOL
                 if isinstance(report, ProcessServerReport)
                 else ()
             ),
-            *(_applier(report, thresholds) if isinstance(report, ApplierReport) else ()),
+            *(
+                _space(report, thresholds)
+                if isinstance(report, ApplierReport | ComputeReport)
+                else ()
+            ),
         ]
     )
 
@@ -154,9 +159,10 @@ def spool_free_share(report: ProcessServerReport) -> float | None:
     return free_bytes / report.spool_max_bytes
 
 
-def store_free_share(report: ApplierReport) -> float | None:
-    """Free, of what is free and what the store fills. None where nothing is known."""
-    used_bytes = sum(store.space_bytes for store in report.stores)
+def store_free_share(report: ApplierReport | ComputeReport) -> float | None:
+    """Free, of what is free and what points or VMs' disks fill. None where nothing is known."""
+    filling = report.stores if isinstance(report, ApplierReport) else report.vms
+    used_bytes = sum(each.space_bytes for each in filling)
     total_bytes = report.free_bytes + used_bytes
     return report.free_bytes / total_bytes if total_bytes else None
 
@@ -182,7 +188,7 @@ def _process_server(report: ProcessServerReport, thresholds: Thresholds) -> Iter
         )
 
 
-def _applier(report: ApplierReport, thresholds: Thresholds) -> Iterator[Reason]:
+def _space(report: ApplierReport | ComputeReport, thresholds: Thresholds) -> Iterator[Reason]:
     share = store_free_share(report)
     if share is None:
         return
@@ -198,7 +204,7 @@ def _applier(report: ApplierReport, thresholds: Thresholds) -> Iterator[Reason]:
         yield reason(
             Code.STORE_SPACE_LOW,
             max(severities, key=lambda severity: severity.rank),
-            f"{report.free_bytes / _GIB:,.1f} GiB ({_percent(share)}) are free below the store",
+            f"{report.free_bytes / _GIB:,.1f} GiB ({_percent(share)}) are free on its disk",
         )
 
 

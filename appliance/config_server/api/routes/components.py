@@ -1,4 +1,4 @@
-"""``components``: process servers, appliers and vCenters, how loaded and how well they are.
+"""``components``: process servers, appliers, compute nodes and vCenters, their load and health.
 
 Source: docs/CONTROL.md §10.
 """
@@ -20,7 +20,7 @@ from appliance.config_server.watching.assessment import (
     Assessment,
 )
 from appliance.config_server.watching.component_health import backlog_seconds
-from replication.control.report import ApplierReport, ProcessServerReport
+from replication.control.report import ApplierReport, ComputeReport, ProcessServerReport
 from replication.control.role import OperatorRole
 
 router = Router("components")
@@ -31,8 +31,10 @@ class ComponentDocument(BaseModel):
 
     seen_ns:      when it was last heard of, by the config server's clock; 0: never.
     skew_seconds: its clock less the config server's.
-    free_bytes:   below the spool or the store.
-    machine_count: machines that it serves.
+    free_bytes:   below the spool, the store or the virtual machines' disks.
+    store_bytes:  what recovery points, or virtual machines' disks, take.
+    machine_count: machines that it serves; of a compute node: virtual machines.
+    accelerator:  of a compute node: kvm or tcg.
     """
 
     kind: SourceKind
@@ -53,13 +55,14 @@ class ComponentDocument(BaseModel):
     store_bytes: int | None = None
     certificate_expires_ns: int | None = None
     machine_count: int | None = None
+    accelerator: str | None = None
 
 
 @router.get("")
 async def list_components(
     server: ServerOf, paging: PagingOf, _: Annotated[Caller, needs(OperatorRole.READER)]
 ) -> Page[ComponentDocument]:
-    """List process servers, appliers and vCenters by kind and name."""
+    """List process servers, appliers, compute nodes and vCenters by kind and name."""
     assessment = await server.watching.watcher.current()
     served = _served(assessment)
     items = [
@@ -117,6 +120,11 @@ def _node(node: AssessedNode, machine_count: int) -> ComponentDocument:
     if isinstance(report, ApplierReport):
         document.free_bytes = report.free_bytes
         document.store_bytes = sum(store.space_bytes for store in report.stores)
+    if isinstance(report, ComputeReport):
+        document.free_bytes = report.free_bytes
+        document.store_bytes = sum(vm.space_bytes for vm in report.vms)
+        document.machine_count = len(report.vms)
+        document.accelerator = report.accelerator
     return document
 
 

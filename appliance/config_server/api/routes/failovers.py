@@ -21,7 +21,7 @@ from appliance.config_server.api.routes.jobs import JobDocument
 from appliance.config_server.api.routes.machines import Reference
 from appliance.config_server.caller import Caller
 from appliance.config_server.protection.jobs import JobError
-from appliance.config_server.protection.machines import find_node, heard_of
+from appliance.config_server.protection.machines import find_node, heard_of, uuid_of
 from appliance.config_server.protection.requests import Asking
 from appliance.config_server.recovery.decisions import rpo_seconds, rto_seconds
 from appliance.config_server.recovery.follow_up import cancel, change_point, commit
@@ -199,10 +199,15 @@ async def list_failovers(
     *,
     open: bool | None = None,  # noqa: A002 - the name of the query
 ) -> Page[FailoverDocument]:
-    """List failovers, the newest first. ``open``: those that have, or may have, a VM; or not."""
+    """List failovers, the newest first.
+
+    machine: by name or id. open: those that have, or may have, a VM; or those that have none.
+    """
     query = select(Failover)
     if machine is not None:
-        query = query.where(Failover.machine == machine)
+        named = Failover.machine == machine
+        node = uuid_of(machine)
+        query = query.where(named if node is None else named | (Failover.machine_id == node))
     if kind is not None:
         query = query.where(Failover.kind == kind)
     if open is not None:
