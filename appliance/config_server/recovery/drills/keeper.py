@@ -36,6 +36,7 @@ from appliance.config_server.recovery.drills.schedule import next_at
 from appliance.config_server.recovery.requests import clean_up_run
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.recovery_tables import DrillReport, DrillSchedule, PlanRun
+from appliance.config_server.store.schema import Machine
 from appliance.config_server.watching.lease import Lease, give_up, hold
 from daemon.service import Health
 from replication.control.role import OperatorRole
@@ -152,8 +153,8 @@ class DrillKeeper:
 
     async def _stillborn(self, asking: Asking, row: DrillSchedule, reason: str) -> DrillReport:
         """The report of a drill that could not begin: that is evidence as well."""
-        machine = "" if row.machine_id is None else str(row.machine_id)
-        target = row.plan or machine
+        machine = await asking.session.get(Machine, row.machine_id) if row.machine_id else None
+        target = row.plan or (machine.name if machine is not None else str(row.machine_id))
         drill = uuid.uuid4()
         tree = sealed(
             DrillDocument(
