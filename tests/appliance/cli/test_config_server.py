@@ -1,24 +1,20 @@
 """The command line against a config server that runs."""
 
 import asyncio
-import io
-import json
 import socket
 import stat
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from appliance.cli.__main__ import main
 from appliance.cli.names import complete_machine, complete_policy
 from appliance.config_server.store.engine import open_database
 from replication.control.role import OperatorRole
 from tests.appliance.cli.daemon import Daemon, run_daemon
+from tests.appliance.cli.person import Person
 from tests.appliance.config_server.watching.scene import (
     PROCESS_SERVER,
     add_job,
@@ -51,41 +47,6 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
         asyncio.run(fill())
         yield running
-
-
-class Person:
-    """Who types commands; ``environ`` is theirs alone."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys = capsys
-        self._monkeypatch = monkeypatch
-
-    def types(self, *words: str, stdin: str = "") -> tuple[int, str, str]:
-        """A command's exit code, what it prints, and what it says on standard error."""
-        self._monkeypatch.setattr(sys, "argv", ["understudy", *words])
-        self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        self._capsys.readouterr()
-        try:
-            code = main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        told = self._capsys.readouterr()
-        return code, told.out, told.err
-
-    def sees(self, *words: str, stdin: str = "") -> str:
-        code, out, err = self.types(*words, stdin=stdin)
-        assert code == 0, err
-        return out
-
-    def reads(self, *words: str) -> Any:
-        return json.loads(self.sees(*words, "--json"))
-
-    def is_told(self, *words: str, code: int) -> str:
-        found, out, err = self.types(*words)
-        assert (found, out) == (code, "")
-        assert "Traceback" not in err
-        assert len(err.splitlines()) <= 2, "one line, and a hint"
-        return err
 
 
 @pytest.fixture

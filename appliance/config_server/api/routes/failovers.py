@@ -139,6 +139,7 @@ class FailoverDocument(BaseModel):
     choice:      the point as it was asked for. point: which one it became.
     rto_seconds: from the request to the machine being up.
     rpo_seconds: from the point to the request; what was lost at most.
+    notes:       of a machine alone, those of its run as well.
     has_…:       whether there is a console or a screenshot.
     """
 
@@ -355,7 +356,7 @@ def _document(
         ended_ns=row.ended_ns,
         rto_seconds=rto_seconds(row.asked_ns, row.up_ns),
         rpo_seconds=rpo_seconds(row.asked_source_ns, row.point_ns),
-        notes=row.notes,
+        notes="\n".join(filter(None, ("" if run.plan else run.notes, row.notes))),
         error=JobError.model_validate(row.error) if row.error else None,
         vm=vm,
         has_console=EvidenceKind.CONSOLE in kinds,
