@@ -36,6 +36,9 @@ CHANGED_BY_OPERATORS = {
     ("POST", "failovers/{}/change-point"),
     ("POST", "failovers/{}/commit"),
     ("POST", "failovers/{}/cancel"),
+    ("POST", "plans/{}/runs"),
+    ("POST", "runs/{}/cleanup"),
+    ("POST", "drills"),
 }
 """Docs/CONTROL.md §6 beside its rule: Readers get, Contributors change, nodes have ``node/``."""
 
