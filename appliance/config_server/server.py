@@ -31,6 +31,7 @@ from appliance.config_server.audit import DONE, Audit
 from appliance.config_server.audit_pruning import keep_pruning
 from appliance.config_server.caller import Caller
 from appliance.config_server.config import ConfigServerConfig
+from appliance.config_server.discovery.power import VCenterPower
 from appliance.config_server.discovery.service import Discovery, open_discovery
 from appliance.config_server.identity.data_keys import KeyRates
 from appliance.config_server.identity.identity import Identity, open_identity
@@ -46,7 +47,7 @@ from appliance.config_server.protection.workflows import WORKFLOWS
 from appliance.config_server.recovery.actions.runner import ActionRunner
 from appliance.config_server.recovery.drills.keeper import DrillKeeper
 from appliance.config_server.recovery.part import Recovery
-from appliance.config_server.recovery.ports import NoPower, RecoveryPorts
+from appliance.config_server.recovery.ports import RecoveryPorts
 from appliance.config_server.recovery.workflows import recovery_workflows
 from appliance.config_server.store.engine import Database, open_database
 from appliance.config_server.watching.part import Watching, open_watching
@@ -181,7 +182,10 @@ async def open_server(
             )
         )
         recovery = recovery_workflows(
-            RecoveryPorts(actions=ActionRunner(config.recovery, identity.vault), power=NoPower()),
+            RecoveryPorts(
+                actions=ActionRunner(config.recovery, identity.vault),
+                power=VCenterPower(database, identity.vault),
+            ),
             answer_seconds_max=config.jobs.answer_seconds_max,
         )
         protection = await stack.enter_async_context(

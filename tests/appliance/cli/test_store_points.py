@@ -1,4 +1,4 @@
-"""``understudy points`` on a store."""
+"""``understudy points`` on a store: the machine by its name."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from appliance.applier.store.holds import NAME
 from appliance.applier.store.reader_store import machine_folder
-from appliance.cli.points import points
+from appliance.cli.store_points import list_store_points
 from tests.appliance.applier.store.recorded_machine import MACHINE, RecordedMachine
 from tests.appliance.applier.store.test_holds import hold
 
@@ -26,14 +26,14 @@ def test_points_tell_what_is_verified_held_and_locked(
         hold(store, 3, until_ns=UNTIL_NS)
         store.verify(4)
         changed = [point.changed_bytes for point in store.points()]
-    points("web-01", store=str(tmp_path))
+    list_store_points(str(tmp_path), "web-01", as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert "verified" in lines[0]
     assert "kept" in lines[0]
     locked = "locked until 2096-10-02 07:06:40Z"
     assert [line.count(locked) for line in lines[1:]] == [0, 1, 1, 0]
     assert [line.count("held, ") for line in lines[1:]] == [0, 1, 0, 0]
-    points("web-01", store=str(tmp_path), as_json=True)
+    list_store_points(str(tmp_path), "web-01", as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert [(one["held"], one["locked_until_ns"]) for one in told] == [
         (False, None),
@@ -52,7 +52,7 @@ def test_points_are_listed_also_where_nobody_can_tell_what_is_held(
     with machine.open() as store:
         machine.apply(store)
     Path(machine_folder(machine.root, MACHINE), NAME).write_bytes(b"torn")
-    points("web-01", store=str(tmp_path))
+    list_store_points(str(tmp_path), "web-01", as_json=False)
     told = capsys.readouterr()
     assert "-00000001" in told.out
     assert "which of them are held cannot be told" in told.err
