@@ -44,9 +44,8 @@ def list_store_points(store: str | None, machine: str, *, as_json: bool) -> None
 
 def _row(point: Point, mark: Mark) -> dict[str, Any]:
     bookmark = point.bookmark
-    kept = ["held"] if mark.held else []
-    if mark.locked_until_ns:
-        kept.append(f"locked until {instant(mark.locked_until_ns)}")
+    kept = [f"until {instant(mark.locked_until_ns)}"] if mark.locked_until_ns else []
+    kept += ["in use"] if mark.held else []
     return {
         "point": point_name(point),
         "position": point.position,

@@ -199,7 +199,7 @@ class Layout:
         )
         _write(
             self.config("applier"),
-            f'store = "{self.store}"\npoints_mount = "{self.points}"\n\n'
+            f'store = "{self.store}"\npoints_mount = "{self.points}"\npoints_seconds = 1\n\n'
             f"{self._control('applier')}\n"
             f'[cache]\nconnection_string_file = "{self.path("keys", "cache.connection")}"\n\n'
             f"[service]\nhealth_port = {self.ports.health(1)}\n",

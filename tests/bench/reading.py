@@ -52,12 +52,13 @@ class Writing:
 
 
 @contextlib.contextmanager
-def _writing(where: Place, size_bytes: int) -> Iterator[Writing]:
-    writing = Writing(where.folder / f"store-{uuid.uuid4().hex}", size_bytes)
+def writing(where: Place, size_bytes: int) -> Iterator[Writing]:
+    """A new store for the time of the context."""
+    made = Writing(where.folder / f"store-{uuid.uuid4().hex}", size_bytes)
     try:
-        yield writing
+        yield made
     finally:
-        writing.store.close()
+        made.store.close()
 
 
 def measure_reading(where: Place) -> list[Row]:
@@ -67,16 +68,16 @@ def measure_reading(where: Place) -> list[Row]:
     where.need_bytes(2 * size_bytes)
     rng = random.Random(1)
     in_order, at_random, plain_order, plain_random = [], [], [], []
-    with _writing(where, size_bytes) as writing:
+    with writing(where, size_bytes) as made:
         whole = [(block, 1) for block in range(blocks)]
-        position = writing.seal(whole)
-        writing.store.fold_to(position)
+        position = made.seal(whole)
+        made.store.fold_to(position)
         for _ in range(LAYER_COUNT):
             changed = sorted(rng.sample(range(blocks), blocks // 100))
-            writing.seal([(block, 1) for block in changed])
-        root = Path(writing.store.folder).parents[1]
-        base = Path(writing.store.folder) / "disks" / "0" / "base.img"
-        writing.store.close()
+            made.seal([(block, 1) for block in changed])
+        root = Path(made.store.folder).parents[1]
+        base = Path(made.store.folder) / "disks" / "0" / "base.img"
+        made.store.close()
         with _mounted(root, where.folder / "points") as mount:
             image = mount / "bench" / "latest" / "disk0.img"
             _read_in_order(image)  # the files beneath are in the page cache from here on
@@ -177,17 +178,17 @@ def measure_views(where: Place) -> list[Row]:
     where.need_bytes(count * BLOCK_BYTES + 2 * GIB)
     step = blocks // count
     took, limits = [], []
-    with _writing(where, 64 * GIB) as writing:
+    with writing(where, 64 * GIB) as made:
         position = 0
         for layer in range(layers):
             runs = [(block, 1) for block in range(layer * step // layers, blocks, step * layers)]
-            position = writing.seal(_spread_over(runs, count // layers))
-        rows = writing.store.chain().layers
+            position = made.seal(_spread_over(runs, count // layers))
+        rows = made.store.chain().layers
         extents = sum(row.extent_count for row in rows)
         for _ in range(3 if where.quick else 7):
             where.rest()
-            took.append(_seconds(lambda: writing.store.open_view(position, 0).close()))
-            limits.append(_seconds(lambda: _read_sections(Path(writing.store.folder), count)))
+            took.append(_seconds(lambda: made.store.open_view(position, 0).close()))
+            limits.append(_seconds(lambda: _read_sections(Path(made.store.folder), count)))
     return [
         Row(
             figure=f"open a view of 64 GiB with {extents:,} extents in {layers} layers",
@@ -223,13 +224,13 @@ def measure_merging(where: Place) -> list[Row]:
     took, limits = [], []
     merged = 0
     for _ in range(2 if where.quick else 7):
-        with _writing(where, 16 * GIB) as writing:
+        with writing(where, 16 * GIB) as made:
             for _ in range(2):
                 chosen = sorted(rng.sample(range(blocks // 2), 20_000))
-                writing.seal([(2 * block, 1) for block in chosen])
+                made.seal([(2 * block, 1) for block in chosen])
             where.rest()
-            took.append(_seconds(lambda: writing.store.merge(1, 2)))
-            merged = writing.store.chain().layers[0].extent_count
+            took.append(_seconds(lambda: made.store.merge(1, 2)))
+            merged = made.store.chain().layers[0].extent_count
             size_bytes = merged * BLOCK_BYTES // MIB * MIB
             limits.append(size_bytes / plain.write_and_sync(where.folder, size_bytes))
     return [

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
@@ -30,8 +31,11 @@ from replication.errors import IntegrityError, StorageError, UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from replication.bookmark import DiskShape
+
 SCHEMA_VERSION = 1
 BUSY_SECONDS_MAX = 30
+SHAPES_REMEMBERED_MAX = 1024
 SPACE_BYTES_MIN = 1 << 20
 """With less than this a log and its index may not be made."""
 
@@ -352,6 +356,12 @@ def _is_full(folder: str) -> bool:
     return found.f_bavail * found.f_frsize < SPACE_BYTES_MIN
 
 
+@functools.lru_cache(maxsize=SHAPES_REMEMBERED_MAX)
+def _shapes(text: str) -> tuple[DiskShape, ...]:
+    """Most points of a machine have the same disks."""
+    return shapes_from_json(json.loads(text))
+
+
 def _point(row: tuple[Any, ...]) -> Point:
     return Point(
         position=row[0],
@@ -360,5 +370,5 @@ def _point(row: tuple[Any, ...]) -> Point:
         applied_ns=row[7],
         changed_bytes=row[8],
         verified_ns=row[9],
-        disks=shapes_from_json(json.loads(row[10])),
+        disks=_shapes(row[10]),
     )

@@ -1,4 +1,4 @@
-"""``understudy points`` on a store: the machine by its name."""
+"""``understudy points`` on a store."""
 
 import json
 from pathlib import Path
@@ -30,9 +30,9 @@ def test_points_tell_what_is_verified_held_and_locked(
     lines = capsys.readouterr().out.splitlines()
     assert "verified" in lines[0]
     assert "kept" in lines[0]
-    locked = "locked until 2096-10-02 07:06:40Z"
+    locked = "until 2096-10-02 07:06:40Z"
     assert [line.count(locked) for line in lines[1:]] == [0, 1, 1, 0]
-    assert [line.count("held, ") for line in lines[1:]] == [0, 1, 0, 0]
+    assert [line.count(", in use") for line in lines[1:]] == [0, 1, 0, 0]
     list_store_points(str(tmp_path), "web-01", as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert [(one["held"], one["locked_until_ns"]) for one in told] == [
