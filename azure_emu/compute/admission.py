@@ -62,6 +62,9 @@ class Admission:
     def _let_in(self) -> None:
         while self._waiting:
             vm, memory_bytes, admitted = self._waiting[0]
+            if admitted.cancelled():
+                self._waiting.pop(0)
+                continue
             used = sum(one.memory_bytes for one in self._running.values())
             booting = sum(one.booting for one in self._running.values())
             if used + memory_bytes > self._memory_bytes_max or booting >= self._boots_max:

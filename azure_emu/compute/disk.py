@@ -70,10 +70,11 @@ async def make_disks(disks: Sequence[Disk]) -> float:
         async with slots:
             await _make(disk)
 
-    async with asyncio.TaskGroup() as group:
-        for disk in disks:
-            if not _exists(disk.path):
-                group.create_task(make(disk))
+    missing = [disk for disk in disks if not _exists(disk.path)]
+    ends = await asyncio.gather(*map(make, missing), return_exceptions=True)
+    for end in ends:
+        if end is not None:
+            raise end
     if disks:
         await asyncio.to_thread(sync_folder, os.path.dirname(disks[0].path))
     return time.monotonic() - began

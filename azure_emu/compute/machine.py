@@ -16,7 +16,7 @@ from daemon.troubles import clipped
 from replication.control.recovery import VirtualMachineOrder, VmReport, VmState
 from replication.errors import ConflictError, InputError, LimitError, ReplicationError
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 30.0
 """So much longer than the check may take the recovery guest's result is waited for: it keeps the
 time itself, and tells what it did not get done.
 """

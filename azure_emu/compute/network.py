@@ -33,6 +33,7 @@ from replication.errors import ConflictError, StorageError
 
 BRIDGE = "br0"
 SLUG_CHARACTERS_MAX = 20
+NETWORK_SLUG_CHARACTERS = SLUG_CHARACTERS_MAX + 9
 RECORD = "network.json"
 NAMESPACES = "/run/netns"
 LEASE_SECONDS = 3600

@@ -27,7 +27,7 @@ MODULES = {
 }
 """Lists of modules, each loaded when it is needed: some take a second to start."""
 
-CHECKERS = ("blkid", "e2fsck", "xfs_repair", "btrfs")
+CHECKERS = ("blkid", "e2fsck", "xfs_repair", "btrfs", "unshare")
 TOOL_PROGRAMS = ("setpriv", "bash", "openssl", "sha256sum")
 """In the tools image, beside PostgreSQL and busybox."""
 
