@@ -32,6 +32,7 @@ from daemon.tls import CONFIG_SERVER_UNIT, TlsFiles
 from replication.control.assignment import Assignment
 from replication.control.enrolment import Enrolled
 from replication.control.message import Message
+from replication.control.recovery import Evidence, EvidenceKind
 from replication.control.report import ReportAnswer
 from replication.control.role import NodeRole
 
@@ -45,6 +46,7 @@ class Orders:
     reports: the newest of each node, as it came.
     asked:   nodes and machines whose data keys were asked for, in order.
     points:  the newest list of points of each machine; lists: how many came.
+    evidence: the newest of each VM and kind.
     """
 
     def __init__(self, folder: Path, port: int) -> None:
@@ -61,6 +63,7 @@ class Orders:
         self.points: dict[uuid.UUID, dict[str, Any]] = {}
         self.lists = 0
         self.takes_points = True
+        self.evidence: dict[tuple[uuid.UUID, EvidenceKind], bytes] = {}
         make_folder(str(folder))
         write_whole(str(folder / CA_FILE), certificate_pem(self._issuer.certificate))
         self._server = self._pair("config-server", CONFIG_SERVER_UNIT, ("127.0.0.1",))
@@ -89,6 +92,7 @@ class Orders:
                 web.post("/api/v1/node/points", self._take_points),
                 web.post("/api/v1/node/certificate", self._renew),
                 web.get("/api/v1/node/data-keys/{machine}", self._give_data_key),
+                web.post("/api/v1/node/evidence/{vm}/{kind}", self._take_evidence),
             ]
         )
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -169,6 +173,12 @@ class Orders:
         told = json.loads(await request.read())
         self.points[uuid.UUID(told["machine"])] = told
         self.lists += 1
+
+    async def _take_evidence(self, request: web.Request) -> web.Response:
+        _node(request)
+        content = Evidence.model_validate_json(await request.read()).bytes()
+        vm, kind = uuid.UUID(request.match_info["vm"]), EvidenceKind(request.match_info["kind"])
+        self.evidence[vm, kind] = content
         return web.Response(status=204)
 
     async def _renew(self, request: web.Request) -> web.Response:
