@@ -207,24 +207,25 @@ def unmount(point: str) -> None:
             time.sleep(BUSY_INTERVAL_SECONDS)
 
 
-def cut_off(point: str) -> None:
-    """What is mounted at ``point`` reaches its disk no more, as in a power cut; then it is thawed.
+def cut_off(point: str) -> int | None:
+    """What is mounted at ``point`` reaches its disk no more, as in a power cut.
 
-    Whoever waits for it gets an error. A kind that cannot be cut off is thawed alone. Fine if
-    nothing is mounted there.
+    Whoever waits for it gets an error. If it was frozen it still is, and only who has it open can
+    thaw it: returns a descriptor for ``thaw``. None if nothing is mounted there, or nobody is let
+    in any more. Nothing happens to a kind that cannot be cut off.
     """
-    if mounted_at(point) is None:
-        return
-    fd = _opened(point)
-    if fd is None:
-        return
-    try:
+    fd = _opened(point) if mounted_at(point) is not None else None
+    if fd is not None:
         with contextlib.suppress(OSError):
             fcntl.ioctl(fd, SHUTDOWN, SHUTDOWN_AT_ONCE.to_bytes(4, "little"))
-        with contextlib.suppress(OSError):  # it was not frozen
-            fcntl.ioctl(fd, FITHAW, 0)
-    finally:
-        os.close(fd)
+    return fd
+
+
+def thaw(fd: int) -> None:
+    """Thaw what ``fd`` lies on, if it is frozen, and close it."""
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(fd, FITHAW, 0)
+    os.close(fd)
 
 
 def unmount_by_force(point: str) -> None:
@@ -233,9 +234,7 @@ def unmount_by_force(point: str) -> None:
         return
     fd = _opened(point)
     if fd is not None:
-        with contextlib.suppress(OSError):  # it was not frozen
-            fcntl.ioctl(fd, FITHAW, 0)
-        os.close(fd)
+        thaw(fd)
     try:
         unmount(point)
     except StorageError:

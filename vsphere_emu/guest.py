@@ -108,20 +108,22 @@ class Guest:
 
         First all processes are as good as dead: one that waits in a write to a frozen file system
         ends within the kernel, so nobody hears that anything was written. Only then the file
-        systems are cut off from their disks and thawed.
+        systems are cut off from their disks, and thawed.
         """
         with self._alone():
             points = [self.mount_point(disk) for disk in self.config.disks]
             segments = {point: shared_memory_of(point) for point in points}
             condemned = processes.condemn(self._process_ids(points))
-            for point in points:
-                block_device.cut_off(point)
+            flats = [self._datastore.flat_path(self.vmdk_path(disk)) for disk in self.config.disks]
+            with contextlib.ExitStack() as frozen:
+                for point in points:
+                    if (fd := block_device.cut_off(point)) is not None:
+                        frozen.callback(block_device.thaw, fd)
+                # Whoever reads a disk lets go of it now, and knows before anything is thawed.
+                going = [device for flat in flats for device in block_device.begin_detach(flat)]
             processes.await_end(condemned, CUT_SECONDS_MAX)
             for point, ids in segments.items():
                 forget_server(point, ids)
-            flats = [self._datastore.flat_path(self.vmdk_path(disk)) for disk in self.config.disks]
-            # Whoever reads a disk lets go of it now.
-            going = [device for flat in flats for device in block_device.begin_detach(flat)]
             for point in reversed(points):
                 block_device.unmount_by_force(point)
             block_device.forget_partitions(going)

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import xxhash
+
 from agents.mobility.audit import AuditSample, sample
 from agents.mobility.capture import Capture, Taken, union
 from agents.mobility.freeze import Freezer, FreezeResult, sync_file_systems
@@ -20,7 +22,7 @@ from agents.mobility.mounts import mounts_on, read_mounts
 from agents.mobility.source import SourceDisk, peek_running
 from agents.mobility.stillness import WriteCounts, look, stood_still
 from agents.mobility.stream_state import BlockSets, size_of
-from replication.errors import CaptureError
+from replication.errors import CaptureError, StorageError, TrackingError
 
 FREEZING_SECONDS_MAX = 10.0
 """How long it may take until all file systems are frozen: writers wait already."""
@@ -29,8 +31,9 @@ STILL_SECONDS_MAX = 5.0
 """How long a disk that cannot be frozen may take to come to rest."""
 
 STILL_PAUSE_SECONDS = 0.02
-PARTING_SECONDS_MAX = 8.0
-"""How long it may take until disks that are being detached are unmounted."""
+DIGEST_BLOCKS = 256
+PARTING_SECONDS_MAX = 15.0
+"""How long it may take until all disks are being detached and unmounted, once one is."""
 
 
 class FinalRefusedError(CaptureError):
@@ -39,10 +42,21 @@ class FinalRefusedError(CaptureError):
     code = "final"
 
 
+@dataclass(frozen=True, slots=True)
+class Stillness:
+    """The disks while nothing moved: the kernel's counters, which blocks were marked since the last
+    swap, and the digest of these.
+    """
+
+    counts: Sequence[WriteCounts]
+    marked: BlockSets
+    digest: bytes
+
+
 class FinalHold:
     """What is held still for a final changeset, and how that is known; safe from any thread.
 
-    counts:   the counters of the disks when the last blocks were read; None until they were.
+    still:    what was the case when the last blocks were read; None until they were.
     run_post: what applications are owed once they may go on.
     """
 
@@ -63,7 +77,7 @@ class FinalHold:
         self._run_post = run_post
         self._lock = threading.Lock()
         self._is_thawed = self._owes_nothing = self._is_over = False
-        self.counts: Sequence[WriteCounts] | None = None
+        self.still: Stillness | None = None
 
     @property
     def seconds(self) -> float:
@@ -90,23 +104,27 @@ class FinalHold:
                     self._run_post()
             return result
 
-    def part(self) -> bool:
-        """Let go of disks that are being detached; whether nothing was written until they were
-        nobody's any more. Then it holds for good: see ``why_broken``.
+    def part(self) -> str:
+        """Let go of disks that are being detached, and wait until they are nobody's any more.
 
-        So it is when the power goes where the agent's own does not, as in the emulator's guests.
+        Empty where nothing has changed until then: now it holds for good, see ``why_broken``. So it
+        is when the power goes where the agent's own does not, as in the emulator's guests. Else why
+        it does not; where no disk is being detached nothing has been done.
         """
         with self._lock:
-            if self.counts is None or not any(disk.device.why_gone() for disk in self._disks):
-                return False
+            if self.still is None or not any(disk.device.why_gone() for disk in self._disks):
+                return "it is let go"
             self._thaw()
             deadline = time.monotonic() + PARTING_SECONDS_MAX
-            while self._are_mounted():
-                if self._why_written() or time.monotonic() > deadline:
-                    return False
+            while self._are_mounted() or not all(disk.device.why_gone() for disk in self._disks):
+                if changed := self._why_changed():
+                    return changed
+                if time.monotonic() > deadline:
+                    return f"not all is detached and unmounted after {PARTING_SECONDS_MAX:g} s"
                 time.sleep(STILL_PAUSE_SECONDS)
-            self._is_over = not self._why_written()
-            return self._is_over
+            changed = self._why_changed()
+            self._is_over = not changed
+            return changed
 
     def _thaw(self) -> FreezeResult | None:
         was_thawed, self._is_thawed = self._is_thawed, True
@@ -125,15 +143,41 @@ class FinalHold:
         return self._freezer.look() if self.is_frozen else ""
 
     def _why_written(self) -> str:
-        if self.counts is None:
+        if self.still is None:
             return ""
         try:
-            for disk, then in zip(self._disks, self.counts, strict=True):
+            for disk, then in zip(self._disks, self.still.counts, strict=True):
                 if not stood_still(then, WriteCounts.of(disk.device)):
                     return f"{disk.shape.name} was written to after the final changeset"
         except CaptureError as error:
             return str(error)
         return ""
+
+    def _why_changed(self) -> str:
+        """As ``_why_written``, but a write that brought nothing new does not count.
+
+        Unmounting writes, also a file system that is cut off from its disk: what is there already.
+        Where no other block is marked than before, the marked ones are all that can differ.
+        """
+        written = self._why_written()
+        if not written or self.still is None:
+            return written
+        try:
+            if peek_running(self._disks) != self.still.marked:
+                return written
+            return "" if digest_of(self._disks, self.still.marked) == self.still.digest else written
+        except (StorageError, TrackingError) as error:
+            return str(error)
+
+
+def digest_of(disks: Sequence[SourceDisk], blocks: BlockSets) -> bytes:
+    """Of the content of those blocks now."""
+    total = xxhash.xxh3_128()
+    for disk in disks:
+        for first, count in blocks[disk.index].runs():
+            for at in range(first, first + count, DIGEST_BLOCKS):
+                total.update(disk.read_blocks(at, min(DIGEST_BLOCKS, first + count - at)))
+    return total.digest()
 
 
 @dataclass
@@ -214,6 +258,7 @@ class FinalCapture(Capture):
             wanted = union(last, peeked)
             self._send_live(wanted)
             self._audit.refresh(union(self._touched, wanted))
+            digest = digest_of(self.disks, peeked)
             written = self._written_in_spite(peeked, counts)
             if not written:
                 break
@@ -226,7 +271,7 @@ class FinalCapture(Capture):
                 )
             time.sleep(STILL_PAUSE_SECONDS)
             last = self._absorb()
-        self.held.counts = counts
+        self.held.still = Stillness(counts, peeked, digest)
         pause_ns = int(self.held.seconds * 1e9) if self.held.is_frozen else 0
         sent = union(self.state.todo, peeked)
         return self._end(self._promise, downgraded, sent, at_ns=at_ns, pause_ns=pause_ns)

@@ -193,7 +193,8 @@ class Finale:
                 if polling.done():
                     return polling.result()
                 if reason := await asyncio.to_thread(hold.why_broken):
-                    return "" if await asyncio.to_thread(hold.part) else reason
+                    why_not = await asyncio.to_thread(hold.part)
+                    return f"{reason}; {why_not}" if why_not else ""
         finally:
             for task in (polling, stopping):
                 task.cancel()

@@ -75,8 +75,8 @@ async def test_power_cut_after_a_final_changeset_loses_nothing(
             assert flat.read_bytes() == rig.site.images[index], "a disk was written to afterwards"
         await rig.reported("it tells", lambda told: "is not on this machine" in told.reason)
         assert rig.site.manifests[-1] == final
-        finals = {told.final for told in rig.control.reports[held_since:]}
-        assert finals == {1}, "the machine is off, and nothing was written before it was"
+        told = {(one.final, one.final_reason) for one in rig.control.reports[held_since:]}
+        assert told == {(1, "")}, "the machine is off, and nothing was written before it was"
 
         await asyncio.to_thread(guest.power_on)
         mounts = [Path(guest.mount_point(one)) for one in guest.config.disks]

@@ -209,7 +209,6 @@ class SecondSite:
         self.manifests: list[Manifest] = []
         self.images: dict[int, bytearray] = {}
         self._refuses: Callable[[], bool] = lambda: False
-        self._refused = asyncio.Event()
         app = web.Application(client_max_size=64 << 20)
         base = "/v1/machines/{machine}"
         app.router.add_get(f"{base}/state", self._state)
@@ -219,10 +218,9 @@ class SecondSite:
         app.router.add_get(f"{base}/generations/{{generation}}/sums/{{rest:.*}}", self._sums)
         self.listener = Listener(app, context)
 
-    def refuse_commits(self, when: Callable[[], bool]) -> asyncio.Event:
-        """As if it were away whenever a changeset is to be committed then; tells of the first."""
-        self._refuses, self._refused = when, asyncio.Event()
-        return self._refused
+    def refuse_commits(self, when: Callable[[], bool]) -> None:
+        """As if it were away whenever a changeset is to be committed then."""
+        self._refuses = when
 
     async def _state(self, request: web.Request) -> web.Response:
         machine = uuid.UUID(request.match_info["machine"])
@@ -239,7 +237,6 @@ class SecondSite:
 
     async def _commit(self, request: web.Request) -> web.Response:
         if self._refuses():
-            self._refused.set()
             return web.Response(status=503, body=Refusal("unavailable", "away").to_bytes())
         manifest, key = open_manifest(await request.read(), self._data_key())
         self._apply(manifest, key)
