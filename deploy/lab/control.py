@@ -135,7 +135,7 @@ class Operator:
             )
             return made
 
-    def protect(self, names: Sequence[str]) -> None:
+    def protect(self, names: Sequence[str], seconds_max: float = JOB_SECONDS_MAX) -> None:
         """Protect machines that are not, and wait for the jobs; raises what the first one says."""
         with ApiClient(self.sign_in()) as api:
             jobs = {}
@@ -144,7 +144,7 @@ class Operator:
                     jobs[name] = api.post(f"/machines/{name}/protect", {"policy": POLICY})["id"]
                 except ConflictError:
                     continue  # protected by an earlier run
-            deadline = time.monotonic() + JOB_SECONDS_MAX
+            deadline = time.monotonic() + seconds_max
             while jobs:
                 for name, job_id in list(jobs.items()):
                     job = api.get(f"/jobs/{job_id}")

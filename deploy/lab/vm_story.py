@@ -22,6 +22,7 @@ from vsphere_emu.image.builder import cache_folder, copy_image, default_recipe, 
 MACHINE = "vm-01"
 BOOT_SECONDS_MAX = 600.0
 ENROL_SECONDS_MAX = 600.0
+PROTECT_SECONDS_MAX = 600.0
 INITIAL_SECONDS_MAX = 1800.0
 CATCH_UP_SECONDS_MAX = 600.0
 OS_SERIAL, AGENT_SERIAL = "os", "agent"
@@ -142,18 +143,18 @@ class VmStory:
             f"{time.monotonic() - began:.0f} s; its start number {start.generation}"
         )
         wait_for(
-            f"the enrolment of {MACHINE}",
-            lambda: MACHINE in self._stack.operator.machines(),
+            f"a report of the agent in {MACHINE}",
+            lambda: self._stack.operator.machines().get(MACHINE, {}).get("hostname"),
             ENROL_SECONDS_MAX,
             tick_seconds=1.0,
         )
-        self._done(f"its agent has enrolled after {time.monotonic() - began:.0f} s")
+        self._done(f"its agent has enrolled, and reports, after {time.monotonic() - began:.0f} s")
 
     def _protect(self) -> None:
         self._step("3  Protect; initial replication of the disk that it runs from")
         began = time.monotonic()
         self._stack.operator.set_policy()
-        self._stack.operator.protect([MACHINE])
+        self._stack.operator.protect([MACHINE], PROTECT_SECONDS_MAX)
         wait_for(
             f"a recovery point of {MACHINE}",
             lambda: list_points(self._layout, MACHINE),

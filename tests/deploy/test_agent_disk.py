@@ -37,6 +37,8 @@ def test_agent_starts_from_what_is_on_the_disk_alone(content: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Replicates the disks of this machine." in done.stdout
     assert (content / "source/agents/mobility/tracker/dirty.bpf.o").exists()
+    compiled = next((content / "source/agents/mobility/__pycache__").glob("capture.*.pyc"))
+    assert compiled.read_bytes()[4:8] == b"\1\0\0\0"  # PEP 552: by hash, taken without a look
 
 
 _RUN = """

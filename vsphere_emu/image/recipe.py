@@ -175,6 +175,12 @@ _SYSTEM = (
         "/etc/systemd/network/50-any.network",
         "[Match]\nName=e*\n\n[Link]\nRequiredForOnline=no\n\n[Network]\nDHCP=yes\n",
     ),
+    # An emulated processor on a busy host takes minutes where a real one takes a second: devices
+    # that udev has not come to yet, such as the serial console, are waited for.
+    File(
+        "/etc/systemd/system.conf.d/50-patient.conf",
+        "[Manager]\nDefaultDeviceTimeoutSec=900\nDefaultTimeoutStartSec=900\n",
+    ),
     File("/etc/initramfs-tools/conf.d/understudy", "MODULES=list\n"),
     File(
         "/etc/initramfs-tools/modules",
