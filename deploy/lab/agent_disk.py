@@ -106,9 +106,8 @@ def _copy_code(content: str) -> None:
             shutil.copy2(path, target)
         elif name in wanted and kind in ("", SHARED_LIBRARIES):
             shutil.copytree(path, target, ignore=shutil.ignore_patterns("tests"))
-    # An emulated processor would take minutes over it, at each start.
-    mode = ("--invalidation-mode", "unchecked-hash")
-    run_tool(sys.executable, "-m", "compileall", "-q", "-f", *mode, content)
+    # What is not compiled yet: an emulated processor would take minutes over it, at each start.
+    run_tool(sys.executable, "-m", "compileall", "-q", content)
 
 
 def _imported(root: str) -> set[str]:
