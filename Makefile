@@ -28,8 +28,8 @@ check: $(READY) ## ruff, strict mypy, import contract
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-test: check bpf ## the tests, on real parts, two files at a time
-	$(PY) -m pytest -m 'not soak' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: check bpf ## the tests, on real parts, three files at a time
+	$(PY) -m pytest -m 'not soak' --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 soak: bpf ## the long mode: random kills for many minutes
 	$(PY) -m pytest -m soak --timeout 3600

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Coroutine
 
 from appliance.config_server import administration
-from appliance.config_server.api.router import NAME_CHARS_MAX, NAME_PATTERN
+from appliance.config_server.caller import NAME_CHARS_MAX, NAME_PATTERN
 from appliance.config_server.config import ConfigServerConfig
 from appliance.config_server.identity.administration import (
     change_unlock_file,
@@ -15,7 +15,6 @@ from appliance.config_server.identity.administration import (
     show_ca,
     show_passphrase,
 )
-from appliance.config_server.serving import serve
 from appliance.config_server.tokens import DAYS_DEFAULT, DAYS_MAX
 from daemon.heap import bound_heap
 from daemon.service import fail, run_daemon
@@ -34,6 +33,9 @@ def main() -> int:
         config = ConfigServerConfig.load(arguments.config)
         command = _command(config, arguments)
         if command is None:
+            # Not for its commands: what only the daemon needs takes a second to load.
+            from appliance.config_server.serving import serve  # noqa: PLC0415
+
             bound_heap()
             sys.setswitchinterval(SWITCH_SECONDS)
             return run_daemon(

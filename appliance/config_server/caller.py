@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from replication.control.role import NodeRole, OperatorRole
 
 NOBODY = "nobody"
+NAME_CHARS_MAX = 255
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 ._@-]*$"
+"""Of what people give a name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 Source: docs/CONTROL.md §6.
 """
 
+import hashlib
 import secrets
 import uuid
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from appliance.config_server.api.access import digest_of
 from appliance.config_server.store.schema import Token
 from replication.control.role import OperatorRole
 from replication.errors import ConflictError, NotFoundError
@@ -71,3 +71,8 @@ async def revoke_token(session: AsyncSession, name: str, *, now_ns: int) -> None
         raise NotFoundError(f"there is no token {name}", hint="list them: GET tokens")
     if row.revoked_ns is None:
         row.revoked_ns = now_ns
+
+
+def digest_of(token: str) -> str:
+    """What is stored of a token. It is random and long: a slow hash would protect nothing more."""
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -49,7 +49,7 @@ class ExportLoop(threading.Thread):
 
 
 def test_exports_are_whole_while_the_applier_is_killed(rig: Rig) -> None:
-    check_exports(rig, kills=6)
+    check_exports(rig, kills=4)
 
 
 @pytest.mark.soak

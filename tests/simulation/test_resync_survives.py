@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.simulation.histories import histories
 from tests.simulation.resync_world import World
 
 COMMON = (
@@ -76,7 +77,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", histories(15, 40))
 def test_every_history_ends_equal(kind: str, seed: int, folder: str) -> None:
     world = _play(folder, seed, FAULTS[kind])
     assert world.is_at_rest(), (world.agent.position, world.store.head, world.said)

@@ -34,6 +34,7 @@ from replication.errors import OutOfOrderError
 from replication.manifest import Manifest
 from replication.stream import StreamState
 from replication.watermark import NO_ATTEMPT, Watermark
+from tests.simulation.histories import histories
 
 _OTHERS = ("lose segments", "drop applied")
 BLOCK_COUNT = 40
@@ -290,7 +291,7 @@ def folder() -> Iterator[str]:
         yield path
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", histories(60, 150))
 def test_every_history_ends_equal_without_a_new_generation(seed: int, folder: str) -> None:
     world = _play(folder, seed, ["lose spool", "crash cache", "restart", *_OTHERS])
     assert world.target == world.source
@@ -299,7 +300,7 @@ def test_every_history_ends_equal_without_a_new_generation(seed: int, folder: st
     assert not world.agent.retained()
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", histories(60, 150))
 def test_every_history_ends_equal_when_spool_and_cache_are_lost_together(
     seed: int, folder: str
 ) -> None:

@@ -5,7 +5,6 @@ Checked before the body is read: who may not ask costs nothing but a look into t
 Source: docs/CONTROL.md §3, §6; RFC 6750 (bearer tokens).
 """
 
-import hashlib
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from appliance.config_server.api.peer import Peer, peer_of
 from appliance.config_server.caller import NOBODY, Caller
 from appliance.config_server.server import Server
 from appliance.config_server.store.schema import Certificate, Token
+from appliance.config_server.tokens import digest_of
 from replication.control.role import NodeRole, OperatorRole
 from replication.errors import AccessError, UnknownCallerError
 
@@ -138,11 +138,6 @@ def _flat(dependant: Dependant) -> Iterator[Dependant]:
     yield dependant
     for below in dependant.dependencies:
         yield from _flat(below)
-
-
-def digest_of(token: str) -> str:
-    """What is stored of a token. It is random and long: a slow hash would protect nothing more."""
-    return hashlib.sha256(token.encode()).hexdigest()
 
 
 async def _operator(server: Server, header: str | None, source: str) -> Caller:

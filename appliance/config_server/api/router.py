@@ -7,11 +7,10 @@ from pydantic import Field, StringConstraints
 
 from appliance.config_server.api.access import GuardedRoute, server_of
 from appliance.config_server.api.errors import RESPONSES
+from appliance.config_server.caller import NAME_CHARS_MAX, NAME_PATTERN
 from appliance.config_server.server import Server
 
 PREFIX = "/api/v1"
-NAME_CHARS_MAX = 255
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 ._@-]*$"
 
 
 async def _server(request: Request) -> Server:

@@ -50,3 +50,11 @@ class Refused:
 News = Connected | Snapshot | Delta | Alive | Unreachable | Refused
 Deliver = Callable[[News], None]
 """Returns when the news is kept; raises when nobody wants to hear any more."""
+
+
+class UnwantedError(Exception):
+    """Nobody wants to hear of this vCenter any more (or not from us): the thread ends."""
+
+
+class MistakenError(Exception):
+    """What answers is another vCenter than the one that was there."""

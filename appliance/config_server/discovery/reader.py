@@ -16,7 +16,15 @@ from xml.parsers.expat import ExpatError
 import structlog
 from pyVmomi import vim, vmodl
 
-from appliance.config_server.discovery.news import Deliver, News, Refused, Snapshot, Unreachable
+from appliance.config_server.discovery.news import (
+    Deliver,
+    MistakenError,
+    News,
+    Refused,
+    Snapshot,
+    Unreachable,
+    UnwantedError,
+)
 from appliance.config_server.discovery.target import Target
 from appliance.config_server.discovery.vcenter import HTTP_SECONDS_MAX, Session
 from replication.errors import InputError, ReplicationError
@@ -37,14 +45,6 @@ TROUBLE: tuple[type[Exception], ...] = (
     vmodl.MethodFault,
     vmodl.RuntimeFault,
 )
-
-
-class UnwantedError(Exception):
-    """Nobody wants to hear of this vCenter any more (or not from us): the thread ends."""
-
-
-class MistakenError(Exception):
-    """What answers is another vCenter than the one that was there."""
 
 
 def read_forever(target: Target, deliver: Deliver, stop: threading.Event) -> None:

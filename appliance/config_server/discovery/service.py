@@ -22,13 +22,15 @@ from appliance.config_server.discovery.inventory import Change
 from appliance.config_server.discovery.news import (
     Alive,
     Connected,
+    Deliver,
     Delta,
+    MistakenError,
     News,
     Refused,
     Snapshot,
     Unreachable,
+    UnwantedError,
 )
-from appliance.config_server.discovery.reader import MistakenError, UnwantedError, read_forever
 from appliance.config_server.discovery.record import (
     LEASE_SECONDS,
     LeaseLostError,
@@ -163,7 +165,7 @@ class Discovery:
         reader = self._readers[row.id] = _Reader(target, record)
         loop = asyncio.get_running_loop()
         reader.thread = threading.Thread(
-            target=read_forever,
+            target=_read_forever,
             args=(target, lambda news: self._deliver(reader, news, loop), reader.stop),
             name=f"vcenter {row.name}",
             daemon=True,
@@ -252,6 +254,13 @@ def _counted(changes: tuple[Change, ...]) -> dict[str, int]:
         for kind in change.kinds:
             counts[kind.value] = counts.get(kind.value, 0) + 1
     return counts
+
+
+def _read_forever(target: Target, deliver: Deliver, stop: threading.Event) -> None:
+    """Loads pyvmomi's half second of code only where there is a vCenter to be read."""
+    from appliance.config_server.discovery.reader import read_forever  # noqa: PLC0415
+
+    read_forever(target, deliver, stop)
 
 
 @contextlib.asynccontextmanager

@@ -1,7 +1,8 @@
 """Bringing a database to the present schema, under a lock, in one transaction.
 
 A process that is killed within leaves the old schema whole. Whatever is not ours, newer or damaged
-is refused before anything is written.
+is refused before anything is written. Alembic is loaded where there is something to migrate: most
+starts find the present schema, and are a third of a second faster without.
 
 Source: docs/CONTROL.md §2; alembic.sqlalchemy.org; sqlite.org/pragma.html#pragma_quick_check.
 """
@@ -10,14 +11,11 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import re
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterator
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -36,6 +34,7 @@ VERSION_TABLE = "alembic_version"
 _TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
 _VERSION = f"SELECT version_num FROM {VERSION_TABLE}"  # noqa: S608 - a name of ours
 _PRIMARY_CODE = 0xFF
+_REVISION_FILE = re.compile(r"v([0-9]{4})_[a-z0-9_]+\.py")
 _SCRIPTS = os.path.join(os.path.dirname(__file__), "migrations")
 
 
@@ -70,23 +69,20 @@ async def current_revision(url: str) -> str | None:
 
 def head_revision() -> str:
     """The schema of this program."""
-    head = _scripts().get_current_head()
-    assert head
-    return head
+    return max(_revisions())
+
+
+def _revisions() -> set[str]:
+    """The schemas that this program knows, by the names of its migrations' files."""
+    names = os.listdir(os.path.join(_SCRIPTS, "versions"))
+    return {found[1] for name in names if (found := _REVISION_FILE.fullmatch(name))}
 
 
 def _revision_of(connection: Connection) -> str | None:
-    return MigrationContext.configure(connection).get_current_revision()
-
-
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", _SCRIPTS)
-    return config
-
-
-def _scripts() -> ScriptDirectory:
-    return ScriptDirectory.from_config(_config())
+    if not inspect(connection).has_table(VERSION_TABLE):
+        return None
+    revision: str | None = connection.execute(text(_VERSION)).scalar_one_or_none()
+    return revision
 
 
 async def _upgrade(url: str, target: str) -> None:
@@ -107,9 +103,9 @@ def _step(connection: Connection, target: str) -> None:
     if connection.dialect.name != "sqlite":  # of a file this was decided before it was opened
         tables = set(inspect(connection).get_table_names())
         _refuse_others(tables, _revision_of(connection))
-    config = _config()
-    config.attributes["connection"] = connection
-    command.upgrade(config, target)
+    wanted = head_revision() if target == "head" else target
+    if _revision_of(connection) != wanted:
+        _upgrade_within(connection, wanted)
     if connection.dialect.name == "sqlite":
         broken = connection.execute(text("PRAGMA foreign_key_check")).all()
         if broken:
@@ -119,6 +115,16 @@ def _step(connection: Connection, target: str) -> None:
             )
 
 
+def _upgrade_within(connection: Connection, revision: str) -> None:
+    from alembic import command  # noqa: PLC0415 - see above
+    from alembic.config import Config  # noqa: PLC0415
+
+    config = Config()
+    config.set_main_option("script_location", _SCRIPTS)
+    config.attributes["connection"] = connection
+    command.upgrade(config, revision)
+
+
 def _refuse_others(tables: set[str], revision: str | None) -> None:
     """Refuse a database that is not ours, or of a program newer than this one."""
     if revision is None and tables - {VERSION_TABLE}:
@@ -126,8 +132,7 @@ def _refuse_others(tables: set[str], revision: str | None) -> None:
             f"the database holds tables of something else: {', '.join(sorted(tables)[:5])}",
             hint="give the config server a database of its own",
         )
-    known = {script.revision for script in _scripts().walk_revisions()}
-    if revision is not None and revision not in known:
+    if revision is not None and revision not in _revisions():
         raise ConfigError(
             f"the database has schema {revision}; this program knows up to {head_revision()}",
             hint="start the newer program again, or restore the backup of before the upgrade",

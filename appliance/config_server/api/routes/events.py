@@ -12,8 +12,8 @@ from sqlalchemy import or_, select
 
 from appliance.config_server.api.access import needs
 from appliance.config_server.api.paging import Page, PagingOf, read_page
-from appliance.config_server.api.router import NAME_CHARS_MAX, Count64, Router, ServerOf
-from appliance.config_server.caller import Caller
+from appliance.config_server.api.router import Count64, Router, ServerOf
+from appliance.config_server.caller import NAME_CHARS_MAX, Caller
 from appliance.config_server.store.schema import Event
 from replication.control.role import OperatorRole
 

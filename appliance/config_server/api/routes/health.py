@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from appliance.config_server.api.access import needs
 from appliance.config_server.api.documents import HealthDocument, SourceKind
-from appliance.config_server.api.router import NAME_CHARS_MAX, Router, ServerOf
-from appliance.config_server.caller import Caller
+from appliance.config_server.api.router import Router, ServerOf
+from appliance.config_server.caller import NAME_CHARS_MAX, Caller
 from appliance.config_server.watching.assessment import Assessment
 from appliance.config_server.watching.health import machine_rpo
 from appliance.config_server.watching.reason import Health, State

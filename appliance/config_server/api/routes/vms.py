@@ -10,8 +10,8 @@ from sqlalchemy import Select, exists, or_, select
 
 from appliance.config_server.api.access import needs
 from appliance.config_server.api.paging import Page, PagingOf, read_page
-from appliance.config_server.api.router import NAME_CHARS_MAX, Router, ServerOf
-from appliance.config_server.caller import Caller
+from appliance.config_server.api.router import Router, ServerOf
+from appliance.config_server.caller import NAME_CHARS_MAX, Caller
 from appliance.config_server.discovery.entries import find_vcenter
 from appliance.config_server.discovery.matching import Enrolled, machines_of
 from appliance.config_server.protection.table import State

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, select, text
 
 from appliance.config_server.store import migration
@@ -23,6 +25,8 @@ from appliance.config_server.store.migration import current_revision, head_revis
 from appliance.config_server.store.recovery_tables import Failover
 from appliance.config_server.store.schema import Base, Token
 from replication.errors import ConfigError, IntegrityError, StorageError, UnavailableError
+
+ROOT = Path(__file__).parents[4]
 
 
 def _url(path: Path) -> str:
@@ -63,6 +67,24 @@ async def test_a_database_of_the_first_schema_migrates_with_its_data(database_ur
         row = (await session.scalars(select(Token))).one()
         assert (row.name, row.digest, row.created_by) == ("old", "d", "")
     assert await current_revision(database_url) == head_revision() != "0001"
+
+
+def test_migrations_are_named_after_their_revisions() -> None:
+    config = Config()
+    config.set_main_option("script_location", migration._SCRIPTS)
+    scripts = ScriptDirectory.from_config(config)
+    assert {script.revision for script in scripts.walk_revisions()} == migration._revisions()
+    assert scripts.get_current_head() == head_revision()
+
+
+def test_a_start_that_finds_the_present_schema_loads_no_alembic(tmp_path: Path) -> None:
+    url = _url(tmp_path / "store.db")
+    asyncio.run(migrate(url))
+    program = (
+        "import asyncio, sys; from appliance.config_server.store.migration import migrate; "
+        f"asyncio.run(migrate({url!r})); sys.exit('alembic' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False, cwd=ROOT).returncode == 0
 
 
 async def test_migrating_again_changes_nothing(database_url: str) -> None:
