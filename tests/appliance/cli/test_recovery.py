@@ -105,6 +105,7 @@ def boss(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Person:
+    monkeypatch.setattr("appliance.cli.jobs.POLL_SECONDS", 0.1)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
     for name in ("UNDERSTUDY_URL", "UNDERSTUDY_TOKEN", "UNDERSTUDY_CA", "UNDERSTUDY_STORE"):
         monkeypatch.delenv(name, raising=False)

@@ -2,9 +2,9 @@
 
 The program leads a session of its own. It is left unreaped until its group has been killed, so
 that the group's number cannot be another's by then. What it writes is read as it comes; its end is
-kept.
+kept. When this daemon is killed, so is the program: else the next attempt would run beside it.
 
-Source: setsid(2), pidfd_open(2), memfd_create(2).
+Source: setsid(2), pidfd_open(2), memfd_create(2), PR_SET_PDEATHSIG in prctl(2), setpriv(1).
 """
 
 import asyncio
@@ -26,6 +26,8 @@ ENVIRONMENT = {
 READ_BYTES = 64 << 10
 READS_AT_ONCE = 16
 SHELL = "/bin/sh"
+_DIES_WITH_US = ("/usr/bin/setpriv", "--pdeathsig", "KILL", "--")
+"""In front of a program; it becomes that program."""
 
 
 async def run_local(words: Sequence[str], *, stdin: bytes, folder: str, output: Tail) -> int:
@@ -40,7 +42,7 @@ async def run_local(words: Sequence[str], *, stdin: bytes, folder: str, output: 
             os.write(given, stdin)
             os.lseek(given, 0, os.SEEK_SET)
             process = subprocess.Popen(  # noqa: ASYNC220 - it forks; nothing waits here
-                words,
+                (*_DIES_WITH_US, *words),
                 stdin=given,
                 stdout=writing,
                 stderr=writing,

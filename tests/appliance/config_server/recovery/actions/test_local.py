@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -178,5 +179,27 @@ async def test_what_the_configuration_does_not_allow_is_refused(
 async def test_a_program_that_cannot_be_started_is_an_outcome(tmp_path: Path) -> None:
     write_program(tmp_path / "scripts", "broken", "#!/no/such/interpreter\n")
     outcome = await runner(tmp_path).run(script({"command": "broken"}))
-    assert not outcome.succeeded
-    assert "cannot be started" in outcome.detail
+    assert (outcome.succeeded, outcome.exit_code) == (False, 127)
+    assert "No such file" in outcome.output
+
+
+async def test_a_script_dies_with_the_daemon_that_runs_it(tmp_path: Path) -> None:
+    """It would go on beside the next attempt."""
+    mark = f"3600.{os.getpid()}5"
+    text = (
+        "import asyncio\n"
+        "from appliance.config_server.recovery.actions.local import run_local\n"
+        "from appliance.config_server.recovery.actions.tail import Tail\n"
+        f"words = ('/bin/sleep', {mark!r})\n"
+        "asyncio.run(run_local(words, stdin=b'', folder='/', output=Tail()))\n"
+    )
+    daemon = await asyncio.create_subprocess_exec(sys.executable, "-c", text)
+    try:
+        async with asyncio.timeout(60):
+            while len(sleeping := sessions_with(f"sleep\0{mark}")) != 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert sleeping != [str(daemon.pid)]
+    finally:
+        daemon.kill()
+        await daemon.wait()
+    await until_gone(f"sleep\0{mark}")
