@@ -143,7 +143,7 @@ def screenshot_path(layout: Layout, machine: str) -> str:
 
 def plan_of(machines: Sequence[str]) -> dict[str, Any]:
     """The database first, then all others side by side."""
-    script = (resources.files("deploy.lab.scripts") / "check-database.sh").read_text()
+    script = (resources.files("deploy.lab") / "opens_database.sh").read_text()
     database = [name for name in machines if name.startswith("db-")]
     others = [name for name in machines if name not in database]
     return {

@@ -173,6 +173,7 @@ class Orders:
         told = json.loads(await request.read())
         self.points[uuid.UUID(told["machine"])] = told
         self.lists += 1
+        return web.Response(status=204)
 
     async def _take_evidence(self, request: web.Request) -> web.Response:
         _node(request)
