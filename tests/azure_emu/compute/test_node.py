@@ -20,13 +20,13 @@ SCRIPT = """set -e
 ls /mnt
 cat /mnt/disk0/hello
 echo changed >/mnt/disk0/hello
-yes | head -c 20000000
+head -c 100000000 /dev/zero
 echo the end
 exit 7
 """
 BOOT_CODE = bytes.fromhex(
     "fc31c08ed8be1e7c"  # cld; ds = 0; si = the text
-    "ac84c0740d88c4bafd03eca82074fb88e0b2f8eeebee"  # each byte to the serial port, when it is free
+    "ac84c0741188c4bafd03eca82074fb88e0b2f8eeebea"  # each byte to the serial port, when it is free
 )
 """Fits the text's place: see `own_disk`."""
 
@@ -93,9 +93,9 @@ async def test_one_boot_of_the_recovery_guest_finds_everything(place: Place) -> 
         assert all(one.used_bytes > 0 for one in check.file_systems if one.clean)
         broken = next(one for one in check.file_systems if one.disk == 4)
         assert broken.detail in check.detail or broken.detail[-100:] in check.detail
-        # It wrote 20 MB and left something running: the end is here, and all of it has ended.
+        # It wrote 100 MB and left something running: the end is here, and all of it has ended.
         assert check.script_exit == 7
-        assert check.output.endswith("y\ny\nthe end")
+        assert check.output.endswith("\\0\\0the end")
         assert len(check.output) <= 2000
         await site.until(order.id, lambda _: len(site.evidence) == 2)
         console = site.evidence[order.id, EvidenceKind.CONSOLE]
@@ -138,7 +138,7 @@ async def test_a_script_that_hangs_is_ended_in_time(place: Place) -> None:
         assert report.check is not None
         assert report.check.script_exit == 137, report
         assert report.check.detail == "the script did not end in time"
-        assert report.check.output == "begins"
+        assert report.check.output.startswith("begins")
 
 
 async def test_a_disk_that_boots_is_up_at_its_login_prompt(place: Place) -> None:
