@@ -4,7 +4,7 @@ import ipaddress
 import os
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from azure_emu.compute.guest.build import default_folder
 from daemon.config import DaemonConfig, Section
@@ -25,7 +25,7 @@ class NetworkConfig(Section):
     dhcp:       tell VMs their addresses with dnsmasq.
     """
 
-    pool: ipaddress.IPv4Network = ipaddress.IPv4Network("10.90.0.0/16")
+    pool: str = "10.90.0.0/16"
     prefix: Annotated[int, Field(ge=8, le=29)] = 24
     namespaces: Annotated[
         str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=NAMESPACE_CHARACTERS_MAX)
@@ -35,9 +35,14 @@ class NetworkConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.prefix < self.pool.prefixlen:
+        if self.prefix < self.addresses.prefixlen:
             raise ValueError(f"a network with a prefix of {self.prefix} does not fit {self.pool}")
         return self
+
+    @property
+    def addresses(self) -> ipaddress.IPv4Network:
+        """The pool. Raises ValueError for what is no network."""
+        return ipaddress.IPv4Network(self.pool)
 
 
 class ComputeConfig(DaemonConfig):
@@ -45,7 +50,7 @@ class ComputeConfig(DaemonConfig):
 
     points_folder:    where the applier's recovery points are mounted.
     data_folder:      disks and states of the VMs.
-    guest_folder:     the recovery guest, as set-up has built it.
+    guest_folder:     the recovery guest; empty: where set-up builds it.
     accelerator:      ``auto`` takes KVM after a probe boot has worked, else emulation.
     memory_bytes_max: of all running VMs together; 0: half of the host's.
     boots_max:        VMs that boot and are checked at once.
@@ -53,7 +58,7 @@ class ComputeConfig(DaemonConfig):
 
     points_folder: str
     data_folder: str
-    guest_folder: str = Field(default_factory=default_folder)
+    guest_folder: Annotated[str, Field(validate_default=True)] = ""
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     memory_bytes_max: Annotated[int, Field(ge=0)] = 0
     boots_max: Annotated[int, Field(ge=1, le=64)] = 2
@@ -63,7 +68,9 @@ class ComputeConfig(DaemonConfig):
 
     @field_validator("points_folder", "data_folder", "guest_folder")
     @classmethod
-    def _absolute(cls, path: str) -> str:
+    def _absolute(cls, path: str, info: ValidationInfo) -> str:
+        if info.field_name == "guest_folder" and not path:
+            return default_folder()
         if not os.path.isabs(path):
             raise ValueError("an absolute path was expected")
         return os.path.normpath(path)

@@ -96,7 +96,7 @@ class Networks:
             network = self._networks.get(name)
             if network is None:
                 taken = [other.subnet for other in self._networks.values()]
-                subnet = free_network(self._config.pool, self._config.prefix, taken)
+                subnet = free_network(self._config.addresses, self._config.prefix, taken)
                 network = Network(name, self._namespace(name), isolated, subnet, {})
             if network.isolated is not isolated:
                 told = "isolated" if network.isolated else "not isolated"

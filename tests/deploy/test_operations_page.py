@@ -19,6 +19,7 @@ from appliance.cli.commands import TABLE as COMMANDS
 from appliance.config_server.config import ConfigServerConfig
 from appliance.process_server.config import Config as ProcessServerConfig
 from appliance.process_server.config import ListenConfig
+from azure_emu.compute.config import ComputeConfig
 from azure_emu.config import Config as AzureConfig
 from azure_emu.config import Storage
 from daemon.service import UNEXPECTED_EXIT_CODE
@@ -46,6 +47,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "applier.toml": ApplierConfig,
     "config-server.toml": ConfigServerConfig,
     "azure-emu.toml": AzureConfig,
+    "compute.toml": ComputeConfig,
     "vsphere-emu.toml": VsphereConfig,
 }
 
