@@ -11,6 +11,7 @@ from tests.bench import (
     pause,
     points,
     reading,
+    recovery,
     resync,
     stream,
     tracking,
@@ -34,4 +35,6 @@ BENCHMARKS: Mapping[str, Callable[[Place], list[Row]]] = {
     "discovery": discovery.measure,
     "control": control.measure,
     "resync": resync.measure,
+    "disks": recovery.measure_disks,
+    "boots": recovery.measure_boots,
 }

@@ -26,7 +26,7 @@ from replication.control.recovery import (
     VmReport,
 )
 
-SECONDS_MAX = 240.0
+SECONDS_MAX = 600.0
 MIB = 1 << 20
 
 

@@ -20,6 +20,9 @@ from replication.control.role import NodeRole
 from tests.appliance.orders import Orders
 from tests.azure_emu.compute.site import MIB, SECONDS_MAX, Place
 
+pytestmark = pytest.mark.timeout(900)
+"""Emulated guests beside other tests take their time."""
+
 STOP_SECONDS_MAX = 60
 
 

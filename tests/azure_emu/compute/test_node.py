@@ -5,6 +5,8 @@
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from replication.control.recovery import (
     EvidenceKind,
     GuestChoice,
@@ -14,6 +16,9 @@ from replication.control.recovery import (
     VmState,
 )
 from tests.azure_emu.compute.site import MIB, Place, running
+
+pytestmark = pytest.mark.timeout(900)
+"""Emulated guests beside other tests take their time."""
 
 SCRIPT = """set -e
 (while :; do sleep 1; done) &

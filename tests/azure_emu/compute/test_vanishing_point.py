@@ -15,6 +15,9 @@ from azure_emu.compute.launch import CONSOLE
 from replication.control.recovery import VmPower, VmState
 from tests.azure_emu.compute.site import MIB, Place, running
 
+pytestmark = pytest.mark.timeout(900)
+"""Emulated guests beside other tests take their time."""
+
 SCRIPT = """
 [ -e /mnt/disk0/was-here ] && exec echo "the overlay is kept"
 touch /mnt/disk0/was-here

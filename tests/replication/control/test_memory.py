@@ -11,6 +11,7 @@ from replication.control.assignment import (
     AppliedMachine,
     ApplierAssignment,
     AssignedDisk,
+    ComputeAssignment,
     MachineAssignment,
     ProcessServerAssignment,
 )
@@ -21,7 +22,7 @@ from replication.control.memory import (
     judge,
     without_losses,
 )
-from replication.control.recovery import HOLDS_MAX, Hold
+from replication.control.recovery import HOLDS_MAX, Hold, VirtualMachineOrder, VmPower
 
 IDS = [uuid.UUID(int=number) for number in range(1, 5)]
 VERSIONS = st.integers(0, 1 << 40)
@@ -190,3 +191,22 @@ def test_what_an_assignment_cannot_hold_of_an_older_memory_is_what_it_does_not_n
 def test_what_is_damaged_is_refused(kept: str) -> None:
     with pytest.raises(ValueError, match="Followed"):
         Followed.model_validate_json(kept)
+
+
+def vm(number: int, power: VmPower) -> VirtualMachineOrder:
+    return VirtualMachineOrder(
+        id=IDS[number], name="web", machine=IDS[number], disks=(), network="test", power=power
+    )
+
+
+def test_a_compute_node_removes_nothing_and_switches_nothing_off() -> None:
+    before = ComputeAssignment(version=9, vms=(vm(0, VmPower.ON), vm(1, VmPower.OFF)))
+    newer = ComputeAssignment(
+        version=3,
+        vms=(vm(0, VmPower.OFF), vm(1, VmPower.DISKS), vm(2, VmPower.ON)),
+        removed=(IDS[3],),
+    )
+    followed = without_losses(newer, before)
+    assert followed.removed == ()
+    assert [order.power for order in followed.vms] == [VmPower.ON, VmPower.DISKS, VmPower.ON]
+    assert without_losses(newer, None) == newer.model_copy(update={"removed": ()})

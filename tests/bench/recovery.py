@@ -1,0 +1,100 @@
+"""From a recovery point to a disk that can be written, and to a machine that has answered."""
+
+import asyncio
+import contextlib
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from azure_emu.compute import disk
+from azure_emu.compute.disk import Disk, disks_of
+from replication.control.recovery import SourceDisk, VmPower
+from tests.azure_emu.compute.site import Place as Site
+from tests.azure_emu.compute.site import running
+from tests.bench.figure import AtMost, Row, percentile, spread
+from tests.bench.place import GIB, MIB, Place
+
+SIZES = (GIB, 4 * GIB, 16 * GIB, 64 * GIB, 256 * GIB)
+
+
+def measure_disks(where: Place) -> list[Row]:
+    """Disks: from a point's file to a disk that a process has open for writing."""
+    seconds = [
+        _attached_seconds(where.folder / uuid.uuid4().hex, SIZES[number % len(SIZES)])
+        for number in range(10 if where.quick else 50)
+    ]
+    return [
+        Row(
+            figure="a point to a disk that is written to, p99",
+            unit="s",
+            target=AtMost(1.0),
+            measured=percentile(seconds, 0.99),
+            limit=min(seconds),
+            limit_is="the quickest of them",
+            note=f"{len(seconds)} disks of 1 to 256 GiB, sparse; {spread(seconds)}",
+        )
+    ]
+
+
+def _attached_seconds(folder: Path, size_bytes: int) -> float:
+    points = folder / "points"
+    points.mkdir(parents=True)
+    with (points / "disk0").open("wb") as file:
+        file.truncate(size_bytes)
+    ordered = SourceDisk(index=0, name="d", size_bytes=size_bytes, source="disk0")
+    began = time.monotonic()
+    (made,) = disks_of(str(folder / "vm"), str(points), [ordered])
+    asyncio.run(disk.make_disks([made]))
+    with _written_to(made):
+        return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def _written_to(made: Disk) -> Iterator[None]:
+    """While the block has the disk open, and has written its last sector."""
+    at = made.size_bytes - 512
+    command = ["qemu-io", "-f", "qcow2", "-c", f"write -P 1 {at} 512", made.path]
+    subprocess.run(command, check=True, capture_output=True)
+    yield
+
+
+def measure_boots(where: Place) -> list[Row]:
+    """RTO: from an order to the answer of the recovery guest, by emulation."""
+    seconds = []
+    for number in range(2 if where.quick else 10):
+        where.rest()
+        seconds.append(asyncio.run(_answer_seconds(where.folder / f"site{number}")))
+    return [
+        Row(
+            figure="an order to the recovery guest's answer, longest",
+            unit="s",
+            target=AtMost(15.0),
+            measured=max(seconds),
+            limit=min(seconds),
+            limit_is="the quickest of them",
+            note=f"{len(seconds)} boots with ext4 of 1 GiB, emulated CPU; {spread(seconds)}",
+        )
+    ]
+
+
+async def _answer_seconds(folder: Path) -> float:
+    site = Site(folder)
+    try:
+        point = site.point("disk0", 1024 * MIB)
+        made = ["mkfs.ext4", "-q", "-F", str(site.points / "disk0")]
+        await asyncio.to_thread(subprocess.run, made, check=True)
+        order = site.order(point, power=VmPower.ON)
+        async with running(site) as node:
+            began = time.monotonic()
+            await node.order(order)
+            report = await node.until(order.id, lambda one: one.check is not None)
+            seconds = time.monotonic() - began
+            assert report.check is not None
+            assert report.check.passed, report.check
+            await node.order(removed=(order.id,))
+            await node.until_removed(order.id)
+        return seconds
+    finally:
+        await site.clear()
