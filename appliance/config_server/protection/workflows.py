@@ -249,7 +249,8 @@ WORKFLOWS: Workflows = MappingProxyType(
                         "virtual machines are gone",
                         _vms_gone,
                         late="the compute node did not remove the virtual machines",
-                        hint="see that it runs, then unprotect the machine again",
+                        hint="see that it runs, or revoke its certificate if it is gone for good; "
+                        "then unprotect the machine again",
                     ),
                     Step("tell all nodes", _tell_all),
                     Step("the agent stops", _agent_stopped),

@@ -32,7 +32,10 @@ from appliance.config_server.store.recovery_tables import PointHold, RecoveredVm
 from replication.control.recovery import VmPower
 
 GONE_LATE = "the compute node did not remove the virtual machines"
-GONE_HINT = "they go when it is heard again; see that it runs and reaches the config server"
+GONE_HINT = (
+    "they go when it is heard again; see that it runs and reaches the config server, or revoke its "
+    "certificate if it is gone for good"
+)
 
 
 async def remove(scene: RecoveryScene) -> Verdict:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from appliance.config_server.nodes.report_book import Heard
 from appliance.config_server.store.recovery_tables import (
     PointHold,
     RecoveredVm,
@@ -24,6 +25,7 @@ from replication.control.recovery import (
     ListedPoint,
     PointList,
 )
+from replication.control.report import ApplierReport
 from replication.errors import AccessError, InputError
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -80,25 +82,37 @@ async def take_evidence(
     )
 
 
-async def listed_points(session: AsyncSession, machine: Machine) -> Sequence[ListedPoint]:
-    """The points as its applier has listed them last, the newest first, with what holds them now.
+async def stored_points(session: AsyncSession, machine: Machine) -> Sequence[ListedPoint]:
+    """The points as its applier has listed them last, oldest first.
 
     A list of another applier, of before the machine was protected anew, counts as none.
     """
     stored = await session.get(StoredPoints, machine.id)
     if stored is None or stored.applier_id != machine.applier_id:
         return []
+    return PointList.model_validate(stored.document).points
+
+
+async def listed_points(
+    session: AsyncSession, machine: Machine, heard: Heard | None
+) -> Sequence[ListedPoint]:
+    """The points, the newest first, with what is known to hold them since they were listed.
+
+    heard: the applier's newest report.
+    """
+    points = await stored_points(session, machine)
+    said = heard.report.holds if heard and isinstance(heard.report, ApplierReport) else ()
+    at_applier = {held.id for held in said if held.state == "held"}
     holds = await session.scalars(
         select(PointHold).where(PointHold.machine_id == machine.id, PointHold.ended_ns.is_(None))
     )
     locked: dict[str, int] = {}
     held = set()
     for hold in holds:
-        if hold.failover_id is None:
+        if hold.failover_id is None and hold.id in at_applier:
             locked[hold.choice] = hold.until_ns
         elif hold.answer is not None:
             held.add(hold.answer["point"])
-    points = PointList.model_validate(stored.document).points
     return [
         point.model_copy(
             update={

@@ -9,10 +9,11 @@ from sqlalchemy import select
 
 from appliance.config_server.protection.requests import Asking
 from appliance.config_server.protection.transition import REMOVING
+from appliance.config_server.recovery.intake import stored_points
 from appliance.config_server.recovery.room import refuse_full
 from appliance.config_server.store.recovery_tables import PointHold
 from appliance.config_server.store.schema import Machine
-from replication.errors import ConflictError, InputError
+from replication.errors import ConflictError, InputError, NotFoundError
 
 
 async def lock_point(asking: Asking, machine: Machine, point: str, until_ns: int) -> PointHold:
@@ -32,6 +33,11 @@ async def lock_point(asking: Asking, machine: Machine, point: str, until_ns: int
         .with_for_update()
     )
     if lock is None:
+        if point not in {listed.name for listed in await stored_points(asking.session, machine)}:
+            raise NotFoundError(
+                f"{machine.name} has no recovery point {point}",
+                hint="`understudy points MACHINE` lists those that its applier has told of",
+            )
         await refuse_full(asking.session, [machine.applier_id])
         lock = PointHold(
             id=uuid.uuid4(),

@@ -3,22 +3,25 @@
 Source: docs/RECOVERY.md §2, §8.
 """
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.api.access import needs
 from appliance.config_server.api.paging import Page, PagingOf, decode_cursor, encode_cursor
 from appliance.config_server.api.router import Count64, Router, ServerOf
 from appliance.config_server.api.routes.machines import Reference
 from appliance.config_server.caller import Caller
-from appliance.config_server.protection.machines import find_node, lock_machine
+from appliance.config_server.protection.machines import find_node, heard_of, lock_machine
 from appliance.config_server.protection.requests import Asking
 from appliance.config_server.recovery.intake import listed_points
 from appliance.config_server.recovery.locking import lock_point
-from appliance.config_server.store.schema import Machine
+from appliance.config_server.server import Server
+from appliance.config_server.store.schema import Machine, Node
 from replication.control.recovery import ListedPoint
 from replication.control.role import OperatorRole
 from replication.errors import ConflictError
@@ -77,13 +80,19 @@ async def list_points(
     async with server.database.reading() as session:
         node = await find_node(session, machine, server.clock())
         row = await session.get(Machine, node.id)
-        points = await listed_points(session, row) if row is not None else []
+        points = await _points(server, session, row) if row is not None else []
     if paging.cursor is not None:
         (before,) = decode_cursor(paging.cursor, [int])
         points = [point for point in points if point.position < before]
     some = points[: paging.limit]
     following = encode_cursor([some[-1].position]) if len(points) > len(some) else None
     return Page(items=[PointDocument.of(point) for point in some], next=following)
+
+
+async def _points(server: Server, session: AsyncSession, machine: Machine) -> Sequence[ListedPoint]:
+    applier = await session.get(Node, machine.applier_id) if machine.applier_id else None
+    heard = heard_of(server.protection.ports, applier) if applier is not None else None
+    return await listed_points(session, machine, heard)
 
 
 @router.post("/{machine}/points/{point}/lock", status_code=HTTPStatus.OK)

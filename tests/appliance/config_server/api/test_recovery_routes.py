@@ -1,5 +1,6 @@
 """Failovers, points and evidence over the API, with nodes that speak it too."""
 
+import asyncio
 import base64
 import uuid
 from collections.abc import AsyncIterator
@@ -12,7 +13,12 @@ import pytest
 from replication.control.recovery import EVIDENCE_BYTES_MAX, ListedPoint, PointList
 from replication.control.role import NodeRole, OperatorRole
 from tests.appliance.config_server.api.fleet import Fleet, open_fleet
-from tests.appliance.config_server.api.test_protection_routes import ended, gold, machine
+from tests.appliance.config_server.api.test_protection_routes import (
+    WAIT_SECONDS,
+    ended,
+    gold,
+    machine,
+)
 from tests.appliance.config_server.running import Rig, open_rig
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
@@ -84,7 +90,10 @@ async def test_a_test_failover_with_its_evidence_until_it_is_cleaned_up(
     again = await operator.post(f"{here}/cleanup", json={})
     assert again.status_code == httpx.codes.CONFLICT
     after = (await operator.get(here)).json()
-    assert (after["state"], after["notes"]) == ("cleaned-up", "well")
+    assert (after["state"], after["notes"]) == (
+        "cleaned-up",
+        "before the release\nwell",
+    )
     assert after["has_console"]
     assert after["has_screenshot"]
     console = await operator.get(f"{here}/console")
@@ -146,7 +155,16 @@ async def test_points_are_listed_as_their_applier_puts_them_and_locked(
         kept = await boss.post("machines/web-1/unprotect", json={"keep_points": False})
         assert kept.status_code == httpx.codes.CONFLICT
         assert "locked" in kept.json()["message"]
-    first = (await operator.get("machines/web-1/points", params={"limit": 2})).json()
+    async with asyncio.timeout(WAIT_SECONDS):
+        while True:  # until the applier says that it holds it
+            answer = await operator.get("machines/web-1/points", params={"limit": 2})
+            first = answer.json()
+            if first["items"][1]["locked_until_ns"]:
+                break
+            await asyncio.sleep(0.05)
+    unknown = "machines/web-1/points/p9/lock"
+    async with rig.operator() as boss:
+        assert (await boss.post(unknown, json={"until_ns": until_ns})).status_code == 404
     rest = await operator.get("machines/web-1/points", params={"cursor": first["next"]})
     found = first["items"] + rest.json()["items"]
     assert rest.json()["next"] is None

@@ -12,13 +12,15 @@ from appliance.config_server.protection.jobs import steps_of
 from appliance.config_server.protection.machines import BusyError
 from appliance.config_server.protection.placement import PlacementError
 from appliance.config_server.recovery.follow_up import cancel, change_point, commit
+from appliance.config_server.recovery.intake import take_points
 from appliance.config_server.recovery.locking import lock_point
 from appliance.config_server.recovery.requests import clean_up
 from appliance.config_server.recovery.run import FailoverKind, FailoverOptions
 from appliance.config_server.store.recovery_tables import Failover, RecoveredVm
 from appliance.config_server.store.schema import Job, Machine
-from replication.errors import ConflictError, InputError
-from tests.appliance.config_server.protection.stage import GIB, MACHINE, WAIT_SECONDS
+from replication.control.recovery import ListedPoint, PointList
+from replication.errors import ConflictError, InputError, NotFoundError
+from tests.appliance.config_server.protection.stage import APPLIER, GIB, MACHINE, WAIT_SECONDS
 from tests.appliance.config_server.recovery.stage import (
     COMPUTE,
     OTHER,
@@ -259,8 +261,15 @@ async def test_a_lock_keeps_points_until_its_date_and_is_only_made_longer(
     stage: RecoveryStage,
 ) -> None:
     soon = stage.clock() + 2 * 10**9
+    machine = await stage.machine()
+    with pytest.raises(NotFoundError, match="no recovery point old"):
+        async with stage.asking() as asking:
+            await lock_point(asking, machine, "old", soon)
+    point = ListedPoint(name="old", position=1, time_ns=1, consistency="crash")
     async with stage.asking() as asking:
         machine = await asking.session.get_one(Machine, MACHINE)
+        told = PointList(machine=MACHINE, points=(point,))
+        await take_points(asking.session, APPLIER, told, asking.now_ns)
         await lock_point(asking, machine, "old", soon)
         await lock_point(asking, machine, "old", soon + 1)
     for until_ns, why in ((soon, "longer"), (1, "over already")):

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from appliance.config_server.protection.table import RECOVERING
 from appliance.config_server.protection.table import State as Protection
+from appliance.config_server.watching.failover_health import NO_FAILOVERS, FailoverFacts
 from appliance.config_server.watching.health import (
     HAS_POINTS,
     WATCHED,
@@ -370,3 +372,41 @@ def test_a_failed_job_shows_also_when_nothing_is_protected() -> None:
         Code.JOB_FAILED, state=Protection.UNPROTECTED, failed_job="protect failed: no disk"
     )
     assert found is Severity.WARNING
+
+
+def told(state: Protection, failovers: FailoverFacts, *, at_ns: int) -> dict[Code, Severity]:
+    facts = MachineFacts(
+        id=uuid.UUID(int=1), name="web-1", state=state, since_ns=0, failovers=failovers
+    )
+    return {reason.code: reason.severity for reason in machine_health(facts, at_ns).reasons}
+
+
+DAY_NS = 86400 * 10**9
+
+
+def test_a_failover_that_failed_is_critical_and_a_test_a_warning() -> None:
+    failed = FailoverFacts(failed="no room")
+    for state in (Protection.UNPROTECTED, Protection.FAILED_OVER, Protection.PROTECTED):
+        assert told(state, failed, at_ns=1)[Code.FAILOVER_FAILED] is Severity.CRITICAL
+    tested = FailoverFacts(failed="no room", is_test=True)
+    assert told(Protection.PROTECTED, tested, at_ns=1)[Code.FAILOVER_FAILED] is Severity.WARNING
+
+
+def test_a_test_that_nobody_cleans_up_is_told_after_a_day() -> None:
+    facts = FailoverFacts(test_since_ns=1)
+    assert Code.TEST_NOT_CLEANED not in told(Protection.PROTECTED, facts, at_ns=DAY_NS)
+    found = told(Protection.PROTECTED, facts, at_ns=2 * DAY_NS)
+    assert found[Code.TEST_NOT_CLEANED] is Severity.WARNING
+
+
+def test_of_a_machine_that_is_failed_over_only_the_decision_is_missed() -> None:
+    facts = FailoverFacts(uncommitted_since_ns=1)
+    assert told(Protection.FAILED_OVER, facts, at_ns=DAY_NS) == {}
+    assert told(Protection.FAILED_OVER, facts, at_ns=2 * DAY_NS) == {
+        Code.NOT_COMMITTED: Severity.WARNING
+    }
+    assert told(Protection.FAILED_OVER, facts, at_ns=8 * DAY_NS) == {
+        Code.NOT_COMMITTED: Severity.CRITICAL
+    }
+    for state in RECOVERING:
+        assert told(state, NO_FAILOVERS, at_ns=8 * DAY_NS) == {}
