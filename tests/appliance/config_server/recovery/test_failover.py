@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import delete
 
 from appliance.config_server.protection import requests
 from appliance.config_server.protection.config import JobsConfig
@@ -17,7 +18,7 @@ from appliance.config_server.recovery.locking import lock_point
 from appliance.config_server.recovery.requests import clean_up
 from appliance.config_server.recovery.run import FailoverKind, FailoverOptions
 from appliance.config_server.store.recovery_tables import Failover, RecoveredVm
-from appliance.config_server.store.schema import Job, Machine
+from appliance.config_server.store.schema import Certificate, Job, Machine
 from replication.control.recovery import ListedPoint, PointList
 from replication.errors import ConflictError, InputError, NotFoundError
 from tests.appliance.config_server.protection.stage import APPLIER, GIB, MACHINE, WAIT_SECONDS
@@ -142,7 +143,12 @@ async def test_no_room_no_compute_node_no_state_begin_nothing(stage: RecoverySta
     half = FailoverOptions(memory_bytes=GIB * 3 // 4)
     with pytest.raises(PlacementError, match=r"1280 MiB.*1024 MiB"):
         await stage.begun(TEST, options=half)
+    async with stage.database.writing() as session:
+        await session.execute(delete(Certificate).where(Certificate.node_id == COMPUTE))
+    with pytest.raises(PlacementError, match="no compute node can take the machine"):
+        await stage.begun(UNPLANNED)
     assert (await stage.machine()).state == "protected"
+    assert (await stage.machine()).job_id is None
 
 
 async def test_the_latest_that_takes_too_long_gives_way_to_what_is_processed(

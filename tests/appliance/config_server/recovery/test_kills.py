@@ -14,7 +14,6 @@ from tests.appliance.config_server.recovery.killing import KINDS, worth
 
 PLAY = "tests.appliance.config_server.recovery.killing"
 ENDS = {
-    JobKind.TEST_FAILOVER: (["protected", "kept"], [["latest", False]]),
     JobKind.FAILOVER: (["failed-over", "kept"], [["latest", False]]),
     JobKind.CLEANUP: (["protected", "kept"], [["latest", True]]),
     JobKind.COMMIT: (["committed", "removing"], [["latest", True]]),
