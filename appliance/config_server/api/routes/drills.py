@@ -38,6 +38,9 @@ Operator = Annotated[Caller, needs(OperatorRole.OPERATOR)]
 PointText = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
 NoteText = Annotated[str, Field(max_length=NOTES_CHARACTERS_MAX, pattern=r"^[^\x00]*$")]
 MachineText = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
+_HTML: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/html": {"schema": {"type": "string"}}}}
+}
 _PAGE_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -127,7 +130,7 @@ async def read_drill(server: ServerOf, drill: uuid.UUID, _: Reader) -> DrillAnsw
     )
 
 
-@router.get("/{drill}/report.html", response_class=Response)
+@router.get("/{drill}/report.html", response_class=Response, responses=_HTML)
 async def read_page_of_drill(server: ServerOf, drill: uuid.UUID, _: Reader) -> Response:
     """The report as a page for people, which needs nothing else. 409 while the drill is on."""
     async with server.database.reading() as session:

@@ -249,6 +249,8 @@ async def list_runs(
         rows, following = await read_page(
             session, query, [PlanRun.asked_ns, PlanRun.id], paging, descending=True
         )
+        if not rows and paging.cursor is None:
+            await find_plan(session, name)
         items = await summaries(session, rows)
     return Page(items=items, next=following)
 

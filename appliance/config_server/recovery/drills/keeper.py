@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
+from pydantic import ValidationError
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -46,6 +47,7 @@ LEASE_KEY = "drills"
 PART = "drills"
 DUE_AT_ONCE_MAX = 10
 PRUNED_AT_ONCE_MAX = 50
+TROUBLES_TOLD_MAX = 3
 SCHEDULER = Caller("drill schedule", OperatorRole.OPERATOR, "this host")
 _NS = 10**9
 
@@ -71,8 +73,8 @@ class DrillKeeper:
         try:
             while True:
                 try:
-                    await self.look()
-                    health.report(PART)
+                    trouble = await self.look()
+                    health.report(PART, critical="; ".join(trouble[:TROUBLES_TOLD_MAX]))
                 except ReplicationError as error:
                     if not error.retryable:
                         raise
@@ -81,11 +83,14 @@ class DrillKeeper:
         finally:
             await self._give_up()
 
-    async def look(self) -> None:
-        """One round; nothing where another one does it."""
+    async def look(self) -> tuple[str, ...]:
+        """One round; nothing where another one does it. Returns what cannot be gone on with: it
+        holds up nothing else.
+        """
+        trouble: list[str] = []
         try:
             for schedule in await self._due():
-                await self._hold(schedule)
+                await self._apart(f"schedule {schedule}", self._hold(schedule), trouble)
             async with self.database.reading() as session:
                 found = (
                     await session.execute(
@@ -93,13 +98,23 @@ class DrillKeeper:
                     )
                 ).all()
             for drill, state in found:
-                if state == DrillState.RUNNING:
-                    await self._after_run(drill)
-                else:
-                    await self._after_cleanup(drill)
+                is_running = state == DrillState.RUNNING
+                following = self._after_run(drill) if is_running else self._after_cleanup(drill)
+                await self._apart(f"drill {drill}", following, trouble)
             await self._prune()
         except NotOursError:
-            return
+            pass
+        return tuple(trouble)
+
+    async def _apart(self, what: str, doing: Awaitable[None], trouble: list[str]) -> None:
+        """Await it; what only it suffers from is told, what all would suffer from is raised."""
+        try:
+            await doing
+        except (ReplicationError, ValidationError, KeyError) as error:
+            if isinstance(error, ReplicationError) and error.retryable:
+                raise
+            told = str(error) if isinstance(error, ReplicationError) else "its row cannot be read"
+            trouble.append(f"{what}: {told}")
 
     async def _due(self) -> list[uuid.UUID]:
         async with self.database.writing() as session:

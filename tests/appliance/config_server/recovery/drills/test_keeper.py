@@ -245,6 +245,7 @@ async def test_a_drill_that_cannot_begin_is_evidence_too(stage: RecoveryStage) -
         await delete_schedule(asking.session, "nightly")
         await delete_plan(asking.session, "small")
     await the_oldest_reports_go_beyond_so_many(stage)
+    await a_row_that_cannot_be_read_holds_up_no_other(stage)
 
 
 async def the_oldest_reports_go_beyond_so_many(stage: RecoveryStage) -> None:
@@ -263,3 +264,15 @@ async def the_oldest_reports_go_beyond_so_many(stage: RecoveryStage) -> None:
     await keeper_of(stage, drill_count_max=2).look()
     kept = await reports(stage)
     assert (len(kept), kept[0].began_ns) == (2, 4)
+
+
+async def a_row_that_cannot_be_read_holds_up_no_other(stage: RecoveryStage) -> None:
+    await schedule(stage, "broken", machine=MACHINE)
+    async with stage.database.writing() as session:
+        for row in await session.scalars(select(DrillSchedule)):
+            row.document, row.next_ns = {"timing": {}}, 0
+    await schedule(stage, "good", machine=MACHINE)
+    await missed(stage, 1)
+    (told,) = await keeper_of(stage).look()
+    assert "its row cannot be read" in told
+    assert "good" in [row.schedule for row in await reports(stage)]

@@ -224,7 +224,13 @@ async def a_run_waits_for_a_person_and_is_cleaned_up(
 
 async def what_is_not_there_is_said(boss: httpx.AsyncClient) -> None:
     nothing = "00000000-0000-4000-8000-000000000000"
-    for path in ("plans/x", "plans/x/validation", f"runs/{nothing}", f"drills/{nothing}"):
+    for path in (
+        "plans/x",
+        "plans/x/runs",
+        "plans/x/validation",
+        f"runs/{nothing}",
+        f"drills/{nothing}",
+    ):
         assert (await boss.get(path)).status_code == HTTPStatus.NOT_FOUND, path
     for path, body in (
         ("plans/x/runs", {"kind": "test"}),
