@@ -14,7 +14,7 @@ from tests.vsphere_emu.conftest import MakeGuest
 from vsphere_emu import block_device
 from vsphere_emu.check import check_database
 from vsphere_emu.guest import Guest
-from vsphere_emu.workload.database import find_binaries, pgbench_invariant
+from vsphere_emu.workload.database import find_binaries, pgbench_invariant, shared_memory_of
 
 MIB = 1 << 20
 
@@ -140,7 +140,7 @@ def test_killed_server_comes_back_and_balances_agree(db: Guest) -> None:
     assert db.status().workload_pid is not None
 
 
-def test_killed_workload_takes_its_server_along_and_resumes(db: Guest) -> None:
+def test_database_goes_on_after_its_workload_is_killed_and_its_power_is_cut(db: Guest) -> None:
     db.power_on()
     pid = db.start_workload()
     assert pid is not None
@@ -152,9 +152,21 @@ def test_killed_workload_takes_its_server_along_and_resumes(db: Guest) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     db.start_workload()
-    assert transactions(db) >= 50
-    db.power_off()
+    had = transactions(db)
+    assert had >= 50
+    server = postmaster(db)
+    (segment,) = shared_memory_of(f"{db.folder}/data")
+    for name in ("data", "wal"):
+        subprocess.run(["fsfreeze", "--freeze", f"{db.folder}/{name}"], check=True)
+    db.cut_power()
+    assert not os.path.exists(f"/proc/{server}/cwd")
     assert not os.path.exists(sockets(db))
+    segments = Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
+    assert segment not in [line.split()[1] for line in segments]
+    db.power_on()
+    db.start_workload()
+    assert transactions(db) >= had
+    db.power_off()
 
 
 def test_workload_killed_while_it_makes_the_database_makes_it_anew(db: Guest) -> None:
