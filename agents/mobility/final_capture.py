@@ -11,7 +11,7 @@ Source: docs/RECOVERY.md §4, docs/ARCHITECTURE.md §5.
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import xxhash
 
@@ -77,6 +77,7 @@ class FinalHold:
         self._run_post = run_post
         self._lock = threading.Lock()
         self._is_thawed = self._owes_nothing = self._is_over = False
+        self._reason = "it was let go"
         self.still: Stillness | None = None
 
     @property
@@ -90,12 +91,16 @@ class FinalHold:
             if self._is_over:
                 return ""
             if self._is_thawed:
-                return "it was let go"
-            return self._why_over() or self._why_written()
+                return self._reason
+            return self._why_over() or self._why_changed()
 
-    def release(self) -> FreezeResult | None:
-        """Thaw, and let the applications go on, each once; None where nothing was frozen."""
+    def release(self, reason: str) -> FreezeResult | None:
+        """Thaw, and let the applications go on, each once; None where nothing was frozen.
+
+        reason: why it is not held any more.
+        """
         with self._lock:
+            self._reason = reason or self._reason
             try:
                 result = self._thaw()
             finally:
@@ -112,8 +117,10 @@ class FinalHold:
         it does not; where no disk is being detached nothing has been done.
         """
         with self._lock:
-            if self.still is None or not any(disk.device.why_gone() for disk in self._disks):
-                return "it is let go"
+            gone = next((why for disk in self._disks if (why := disk.device.why_gone())), "")
+            if self.still is None or not gone:
+                return self._reason
+            self._reason = gone
             self._thaw()
             deadline = time.monotonic() + PARTING_SECONDS_MAX
             while self._are_mounted() or not all(disk.device.why_gone() for disk in self._disks):
@@ -156,18 +163,27 @@ class FinalHold:
     def _why_changed(self) -> str:
         """As ``_why_written``, but a write that brought nothing new does not count.
 
-        Unmounting writes, also a file system that is cut off from its disk: what is there already.
-        Where no other block is marked than before, the marked ones are all that can differ.
+        The kernel counts a write a little after its writer has heard that it is done, on a busy
+        machine later than the freeze; and unmounting writes what is there already, also where a
+        file system is cut off from its disk. Where no other block is marked than before, the marked
+        ones are all that can differ.
         """
         written = self._why_written()
         if not written or self.still is None:
             return written
         try:
+            counts = look([disk.device for disk in self._disks])
             if peek_running(self._disks) != self.still.marked:
                 return written
-            return "" if digest_of(self._disks, self.still.marked) == self.still.digest else written
-        except (StorageError, TrackingError) as error:
+            if digest_of(self._disks, self.still.marked) != self.still.digest:
+                return written
+            again = look([disk.device for disk in self._disks])
+        except (CaptureError, StorageError, TrackingError) as error:
             return str(error)
+        if not all(map(stood_still, counts, again)):
+            return written
+        self.still = replace(self.still, counts=counts)
+        return ""
 
 
 def digest_of(disks: Sequence[SourceDisk], blocks: BlockSets) -> bytes:
@@ -260,12 +276,12 @@ class FinalCapture(Capture):
             self._audit.refresh(union(self._touched, wanted))
             digest = digest_of(self.disks, peeked)
             written = self._written_in_spite(peeked, counts)
-            if not written:
+            if not written and not any(count.under_way for count in counts):
                 break
             if time.monotonic() > deadline:
                 raise FinalRefusedError(
                     f"no instant at which all disks stood still within {STILL_SECONDS_MAX:g} s: "
-                    f"{written}",
+                    f"{written or 'writes were under way all the time'}",
                     hint="end what writes to the disk past its file systems: swap, a database on "
                     "the raw disk",
                 )

@@ -99,7 +99,7 @@ class Finale:
             reason = ENDED if self._service.stop.is_set() else str(error)
         finally:
             self._service.health.report(PART)
-            await self._let_go()
+            await self._let_go(reason)
             if reason:
                 await self._fail(order, reason)
         return None
@@ -212,11 +212,11 @@ class Finale:
         wanted = self._book.wanted
         return wanted is not None and wanted.number == order.number
 
-    async def _let_go(self) -> None:
+    async def _let_go(self, reason: str) -> None:
         hold = self._held
         if hold is None:
             return
-        result = await asyncio.shield(asyncio.to_thread(hold.release))
+        result = await asyncio.shield(asyncio.to_thread(hold.release, reason))
         if result is not None:
             structlog.get_logger().warning(
                 "file systems are thawed after a final changeset", seconds=round(hold.seconds, 3)
