@@ -9,13 +9,13 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.preloaded import Forked, start_daemon
 
 START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 15.0
@@ -34,7 +34,7 @@ class EmulatorProcess:
         self.blob_port, self.queue_port = free_ports(2)
         self.log = folder / "emulator.log"
         self.config = folder / "emulator.toml"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Forked | None = None
         key_file = folder / "account.key"
         key_file.write_text(self.key)
         key_file.chmod(0o600)
@@ -70,11 +70,8 @@ account = {{ name = "{self.account}", key_file = "{key_file}" }}
         """Start, and return when the account answers."""
         assert self._process is None, "started already"
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "azure_emu", "--config", str(self.config)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+            self._process = start_daemon(
+                "azure_emu", "--config", str(self.config), log_fd=log.fileno()
             )
         deadline = time.monotonic() + START_SECONDS_MAX
         while f"cache storage account {self.account}".encode() not in self.log.read_bytes():

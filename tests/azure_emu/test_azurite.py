@@ -189,12 +189,12 @@ def test_signal_during_start_stops_it(emulator: EmulatorProcess) -> None:
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 90
         while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().strip():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
     finally:
         process.kill()
         process.wait()

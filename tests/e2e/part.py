@@ -11,7 +11,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from tests.preloaded import Forked, start_daemon
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS_MAX = 60.0
@@ -57,7 +59,12 @@ def merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Part:
-    """One daemon; ``start`` appends to its log, so that a log tells of all its lives."""
+    """One daemon; ``start`` appends to its log, so that a log tells of all its lives.
+
+    is_forked: start from code that is loaded already; else each starts as it does in earnest.
+    """
+
+    is_forked: ClassVar[bool] = False
 
     def __init__(self, name: str, module: str, folder: Path, health_port: int) -> None:
         self.name = name
@@ -67,7 +74,7 @@ class Part:
         self.health_port = health_port
         self.is_wanted = False
         self._life_at = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._groups: list[int] = []
 
     def configure(self, tree: Mapping[str, Any]) -> None:
@@ -97,15 +104,26 @@ class Part:
         assert not self.is_alive, f"{self.name} runs already"
         with self.log.open("ab") as log:
             self._life_at = log.seek(0, os.SEEK_END)
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", self.module, "--config", str(self.config)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                cwd=self.config.parent,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-            )
+            arguments = ("--config", str(self.config))
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            if self.is_forked:
+                self._process = start_daemon(
+                    self.module,
+                    *arguments,
+                    log_fd=log.fileno(),
+                    cwd=self.config.parent,
+                    environment=environment,
+                )
+            else:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", self.module, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    cwd=self.config.parent,
+                    env=environment,
+                )
         self._groups.append(self._process.pid)
         self.is_wanted = True
         if wait:

@@ -127,7 +127,8 @@ def test_a_lost_spool_is_sent_again_from_block_sets(rig: Rig) -> None:
     rig.assert_newest_equals_source()
     rig.assert_one_unbroken_stream()
     assert "changesets were lost upstream" in rig.agent.log.read_text()
-    assert rig.agent_status()["sent_bytes"] - sent_before < ballast_bytes / 4
+    # The ballast does not compress: it alone would be more. How much else there is, time decides.
+    assert rig.agent_status()["sent_bytes"] - sent_before < ballast_bytes
     numbers = [point.bookmark.stamp.number for point in rig.positions()]
     assert max(numbers) > committed + 5
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from agents.mobility.tracker.pins import ROOT, remove_machine
 from replication.control.role import NodeRole
 from tests.agents.mobility.control_server import PASSPHRASE, ControlServer, SecondSite, disk
+from tests.preloaded import Forked, start_daemon
 
 if TYPE_CHECKING:
     import uuid
@@ -40,7 +41,7 @@ class ControlRig:
         self.log = folder / "agent.log"
         self.identity = folder / "identity"
         self.state = folder / "state"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Forked | None = None
 
     @property
     def machine(self) -> uuid.UUID:
@@ -109,8 +110,8 @@ backoff_seconds_max = 0.5
     def start(self) -> None:
         assert self._process is None
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self.command(), stdout=log, stderr=log, start_new_session=True, cwd=CHECKOUT
+            self._process = start_daemon(
+                "agents.mobility", "--config", str(self.config), log_fd=log.fileno()
             )
 
     async def stop(self) -> None:

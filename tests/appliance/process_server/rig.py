@@ -4,8 +4,6 @@ import asyncio
 import inspect
 import signal
 import ssl
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -29,6 +27,7 @@ from replication.stream import (
 )
 from tests.appliance.process_server.sample import SampleChangeset
 from tests.azure_emu.fixtures import free_ports
+from tests.preloaded import Forked, start_daemon
 
 START_SECONDS_MAX = 120.0
 
@@ -94,7 +93,7 @@ class ProcessServer:
         self.port, self.health_port = free_ports(2)
         self.log = folder / "process_server.log"
         self._config = folder / "process_server.toml"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Forked | None = None
         tls = certificates.of_server()
         by_hand = f"""[tls]
 certificate = "{tls.certificate}"
@@ -134,11 +133,8 @@ health_port = {self.health_port}
         """Start, and return when agents are answered."""
         assert self._process is None, "started already"
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "appliance.process_server", "--config", str(self._config)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+            self._process = start_daemon(
+                "appliance.process_server", "--config", str(self._config), log_fd=log.fileno()
             )
         deadline = time.monotonic() + START_SECONDS_MAX
         while b"agents on port" not in self.log.read_bytes():
