@@ -18,7 +18,7 @@ from replication.errors import ReplicationError
 
 REST_SECONDS = 5.0
 RETRY_SECONDS = 1.0
-CONSOLE_SECONDS = 0.1
+CONSOLE_SECONDS = 0.2
 STREAM_SECONDS = 0.5
 SHUT_DOWN_SECONDS_MAX = 60.0
 POWER_LOOK_SECONDS = 0.2
@@ -160,7 +160,7 @@ async def resume(vm: Vm) -> None:
 
 
 async def await_source(vm: Vm) -> None:
-    vm.tell(unreadable(await vm.dependent()))
+    vm.tell(await unreadable(await vm.dependent()))
     await vm.pause(RETRY_SECONDS)
 
 
@@ -206,7 +206,7 @@ async def stream(vm: Vm) -> None:
     monitor = vm.running.monitor
     assert monitor is not None
     jobs = await monitor.streams()
-    dependent = await vm.dependent()
+    dependent = await vm.dependent(look=not jobs)
     if not jobs and dependent:
         await monitor.start_stream(f"stream-{dependent[0].index}", f"disk{dependent[0].index}")
         jobs = await monitor.streams()
@@ -219,7 +219,7 @@ async def stream(vm: Vm) -> None:
 
 async def make_independent(vm: Vm) -> None:
     """Copy one disk while the VM is off; a newer order ends it, and it begins again some time."""
-    dependent = await vm.dependent()
+    dependent = await vm.dependent(look=True)
     if not dependent:
         return
     copying = asyncio.ensure_future(disk.make_independent(dependent[0]))
@@ -232,6 +232,7 @@ async def make_independent(vm: Vm) -> None:
         for task in (copying, news):
             task.cancel()
         await asyncio.wait({copying, news})
+    await vm.dependent(look=True)
 
 
 async def remove(vm: Vm) -> None:

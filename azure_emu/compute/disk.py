@@ -81,7 +81,7 @@ async def make_disks(disks: Sequence[Disk]) -> float:
 
 
 async def _make(disk: Disk) -> None:
-    source_readable(disk)
+    await asyncio.to_thread(source_readable, disk)
     make_folder(os.path.dirname(disk.path))
     pending = disk.path + _PENDING
     _unlink(pending)

@@ -125,7 +125,7 @@ class Machine:
             overdue=self._overdue(),
             starts=record.starts,
             own=record.guest == OWN,
-            readable=not unreadable(needed),
+            readable=not await unreadable(needed),
             room=vm.free_bytes >= ROOM_BYTES_MIN,
             independent=record.disks_ready_ns > 0 and not dependent,
             evidence_due=record.evidence_due,

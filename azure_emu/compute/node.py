@@ -18,6 +18,7 @@ from azure_emu.compute.evidence import PutEvidence
 from azure_emu.compute.machine import Machine
 from azure_emu.compute.network import Networks
 from azure_emu.compute.record import VmFolder, VmRecord, find_folders
+from azure_emu.compute.reporting import fitting
 from azure_emu.compute.vm import Site
 from daemon.durable import make_folder
 from daemon.load import LoadMeter
@@ -159,7 +160,7 @@ class Node:
             troubles=troubles_of(self._health),
             free_bytes=found.f_bavail * found.f_frsize,
             accelerator=accelerator,
-            vms=tuple(reports),
+            vms=fitting(reports),
             removed=tuple(
                 vm for vm in self._removed if vm not in self._machines and vm not in self._damaged
             ),

@@ -53,6 +53,7 @@ class Vm:
         self.reason = ""
         self.share = 0.0
         self._alone: set[int] = set()
+        self._looked = False
         self._health_part = f"VM {record.order.name or folder.vm}"
 
     @property
@@ -97,19 +98,28 @@ class Vm:
             async with asyncio.timeout(seconds):
                 await self.news.wait()
 
-    async def stands_alone(self, disk: Disk) -> bool:
-        """Whether a disk needs its point no more; once it does not, it never will."""
-        if disk.index not in self._alone and await is_independent(disk):
-            self._alone.add(disk.index)
-        return disk.index in self._alone
+    async def dependent(self, *, look: bool = False) -> list[Disk]:
+        """The disks that still need their points, as was last looked: it takes a process each.
 
-    async def dependent(self) -> list[Disk]:
-        """The disks that still need their points."""
-        return [disk for disk in self.disks if not await self.stands_alone(disk)]
+        A disk that stands alone never needs its point again.
+        """
+        disks = self.disks
+        if look or not self._looked:
+            for disk in disks:
+                if disk.index not in self._alone and await is_independent(disk):
+                    self._alone.add(disk.index)
+            self._looked = True
+        return [disk for disk in disks if disk.index not in self._alone]
 
 
-def unreadable(disks: list[Disk]) -> str:
-    """Why what disks stand on cannot be read; empty when it can."""
+async def unreadable(disks: list[Disk]) -> str:
+    """Why what disks stand on cannot be read; empty when it can. A file system that hangs holds up
+    its own VMs alone.
+    """
+    return await asyncio.to_thread(_unreadable, disks)
+
+
+def _unreadable(disks: list[Disk]) -> str:
     for disk in disks:
         try:
             source_readable(disk)

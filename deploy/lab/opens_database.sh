@@ -12,7 +12,7 @@ ln -s "$wal" "$data/pg_wal"
 mkdir -p /tmp/socket
 chown "$owner:$group" /tmp/socket
 
-setpriv --reuid "$owner" --regid "$group" --clear-groups -- "$programs/postgres" -D "$data" \
+/usr/bin/setpriv --reuid "$owner" --regid "$group" --clear-groups -- "$programs/postgres" -D "$data" \
     -c listen_addresses= -c unix_socket_directories=/tmp/socket \
     -c dynamic_shared_memory_type=mmap -c shared_buffers=16MB -c jit=off -c autovacuum=off \
     >/tmp/server.log 2>&1 &

@@ -1,15 +1,13 @@
 """From a recovery point to a disk that can be written, and to a machine that has answered."""
 
 import asyncio
-import contextlib
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 from azure_emu.compute import disk
-from azure_emu.compute.disk import Disk, disks_of
+from azure_emu.compute.disk import disks_of
 from replication.control.recovery import SourceDisk, VmPower
 from tests.azure_emu.compute.site import Place as Site
 from tests.azure_emu.compute.site import running
@@ -20,7 +18,7 @@ SIZES = (GIB, 4 * GIB, 16 * GIB, 64 * GIB, 256 * GIB)
 
 
 def measure_disks(where: Place) -> list[Row]:
-    """Disks: from a point's file to a disk that a process has open for writing."""
+    """Disks: from a point's file to a disk whose last sector has been written."""
     seconds = [
         _attached_seconds(where.folder / uuid.uuid4().hex, SIZES[number % len(SIZES)])
         for number in range(10 if where.quick else 50)
@@ -47,17 +45,10 @@ def _attached_seconds(folder: Path, size_bytes: int) -> float:
     began = time.monotonic()
     (made,) = disks_of(str(folder / "vm"), str(points), [ordered])
     asyncio.run(disk.make_disks([made]))
-    with _written_to(made):
-        return time.monotonic() - began
-
-
-@contextlib.contextmanager
-def _written_to(made: Disk) -> Iterator[None]:
-    """While the block has the disk open, and has written its last sector."""
-    at = made.size_bytes - 512
-    command = ["qemu-io", "-f", "qcow2", "-c", f"write -P 1 {at} 512", made.path]
+    last = made.size_bytes - 512
+    command = ["qemu-io", "-f", "qcow2", "-c", f"write -P 1 {last} 512", made.path]
     subprocess.run(command, check=True, capture_output=True)
-    yield
+    return time.monotonic() - began
 
 
 def measure_boots(where: Place) -> list[Row]:

@@ -107,8 +107,8 @@ def _make_initramfs(scratch: str, modules: str) -> None:
             loaded.append(target + "\n")
         with open(os.path.join(root, "modules", name), "w", encoding="ascii") as file:
             file.writelines(loaded)
-    _copy_file(_program("busybox"), root, "/bin/busybox")
     _copy_programs(map(_program, CHECKERS), root)
+    _install_busybox(root)
     _copy_file(str(resources.files("azure_emu.compute.guest") / "init"), root, "/init")
     os.chmod(os.path.join(root, "init"), 0o755)  # noqa: S103 - as the kernel needs it
     listed = _run("find", ".", "-print0", cwd=root)
@@ -122,11 +122,7 @@ def _make_tools(scratch: str) -> None:
     for name in ("proc", "dev", "sys", "run", "tmp", "mnt", "etc", "bin", "usr/bin", "root"):
         os.makedirs(os.path.join(root, name))
     _copy_programs(map(_program, TOOL_PROGRAMS), root)
-    _copy_file(_program("busybox"), root, "/bin/busybox")
-    for name in _run(_program("busybox"), "--list").split():
-        link = os.path.join(root, "bin", name)
-        if not any(os.path.lexists(os.path.join(root, place, name)) for place in _PLACES):
-            os.symlink("/bin/busybox", link)
+    _install_busybox(root)
     with open(os.path.join(root, "etc/passwd"), "w", encoding="ascii") as file:
         file.write("root:x:0:0::/root:/bin/sh\npostgres:x:104:104::/tmp:/bin/sh\n")
     with open(os.path.join(root, "etc/group"), "w", encoding="ascii") as file:
@@ -154,6 +150,14 @@ def _make_tools(scratch: str) -> None:
 
 
 _PLACES = ("bin", "sbin", "usr/bin", "usr/sbin")
+
+
+def _install_busybox(root: str) -> None:
+    """With a link for each of its programs that is not there in full."""
+    _copy_file(_program("busybox"), root, "/bin/busybox")
+    for name in _run(_program("busybox"), "--list").split():
+        if not any(os.path.lexists(os.path.join(root, place, name)) for place in _PLACES):
+            os.symlink("/bin/busybox", os.path.join(root, "bin", name))
 
 
 def _postgresql() -> list[str]:

@@ -22,6 +22,7 @@ SCRIPT = """
 [ -e /mnt/disk0/was-here ] && exec echo "the overlay is kept"
 touch /mnt/disk0/was-here
 sync
+echo marked >/dev/ttyS0
 while :; do
     echo 3 >/proc/sys/vm/drop_caches
     cat /dev/vda >/dev/null
@@ -79,7 +80,7 @@ async def test_a_point_that_vanishes_is_a_power_failure_and_no_more(
     async with running(place) as site:
         await site.order(order)
         console = str(place.vm_folder(order.id) / CONSOLE)
-        await site.until(order.id, lambda _: b"the script begins" in read_end(console, MIB))
+        await site.until(order.id, lambda _: b"marked" in read_end(console, MIB))
         (process,) = place.processes(order.id)
         mount.vanish()
         report = await site.until(order.id, lambda one: not place.processes(order.id))
