@@ -25,7 +25,7 @@ SCRIPT = """set -e
 ls /mnt
 cat /mnt/disk0/hello
 echo changed >/mnt/disk0/hello
-head -c 100000000 /dev/zero
+head -c 20000000 /dev/zero
 echo the end
 exit 7
 """
@@ -98,7 +98,7 @@ async def test_one_boot_of_the_recovery_guest_finds_everything(place: Place) -> 
         assert all(one.used_bytes > 0 for one in check.file_systems if one.clean)
         broken = next(one for one in check.file_systems if one.disk == 4)
         assert broken.detail in check.detail or broken.detail[-100:] in check.detail
-        # It wrote 100 MB and left something running: the end is here, and all of it has ended.
+        # It wrote 20 MB and left something running: the end is here, and all of it has ended.
         assert check.script_exit == 7
         assert check.output.endswith("\\0\\0the end")
         assert len(check.output) <= 2000
