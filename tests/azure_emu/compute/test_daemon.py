@@ -1,10 +1,8 @@
 """The daemon killed at every step: afterwards there is one process per VM, and all ends right."""
 
 import asyncio
-import contextlib
 import signal
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -19,6 +17,7 @@ from replication.control.report import ComputeReport
 from replication.control.role import NodeRole
 from tests.appliance.orders import Orders
 from tests.azure_emu.compute.site import MIB, SECONDS_MAX, Place
+from tests.preloaded import Forked, start_daemon
 
 pytestmark = pytest.mark.timeout(900)
 """Emulated guests beside other tests take their time."""
@@ -49,17 +48,19 @@ report_seconds = 1
 wait_seconds = 1
 """
         )
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Forked | None = None
         self._version = 0
 
     def start(self) -> None:
         self.orders.reports.clear()
-        command = [sys.executable, "-m", "azure_emu.compute", "--config", str(self.config)]
         with (self.place.folder / "daemon.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+            self._process = start_daemon(
+                "azure_emu.compute", "--config", str(self.config), log_fd=log.fileno()
+            )
 
     def end(self, number: signal.Signals = signal.SIGKILL) -> int:
-        assert self._process is not None
+        if self._process is None:
+            return 0
         self._process.send_signal(number)
         return self._process.wait(STOP_SECONDS_MAX)
 
@@ -106,8 +107,7 @@ async def daemon(place: Place) -> AsyncIterator[Daemon]:
         try:
             yield daemon
         finally:
-            with contextlib.suppress(AssertionError):
-                daemon.end()
+            daemon.end()
 
 
 async def test_whenever_the_daemon_is_killed_there_is_one_process_and_all_ends_right(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from azure_emu.compute import carry_out
 from replication.control.recovery import (
     EvidenceKind,
     GuestChoice,
@@ -146,7 +147,10 @@ async def test_a_script_that_hangs_is_ended_in_time(place: Place) -> None:
         assert report.check.output.startswith("begins")
 
 
-async def test_a_disk_that_boots_is_up_at_its_login_prompt(place: Place) -> None:
+async def test_a_disk_that_boots_is_up_at_its_login_prompt(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(carry_out, "SHUT_DOWN_SECONDS_MAX", 1.0)  # nothing there hears the button
     order = place.order(
         own_disk(place, b"\r\nweb-01 login: "), power=VmPower.DISKS, script="exit 1"
     )
