@@ -110,26 +110,33 @@ def _boot_line(vm: Vm) -> bytes:
 
 async def read_console(vm: Vm) -> None:
     """Look for the guest's answer; wait a moment if there is none."""
+    if not _take_answer(vm):
+        await vm.pause(CONSOLE_SECONDS)
+
+
+def _take_answer(vm: Vm) -> bool:
+    """Write down what this boot has answered, if it has."""
     end = read_end(vm.folder.file(launch.CONSOLE), RESULT_BYTES_MAX + (64 << 10))
     end = end.rpartition(_boot_line(vm))[2]
+    check = None
     if vm.record.guest == RECOVERY:
         check = result_of(end, vm.record.nonce)
     elif asks_for_login(end):
         told = "; the script was not run: it is the recovery guest's" * bool(vm.record.order.script)
         check = VmCheck(passed=True, detail=f"it asks for a login on its console{told}")
-    else:
-        check = None
     if check is None:
-        await vm.pause(CONSOLE_SECONDS)
-        return
+        return False
     up_ns = vm.record.up_ns or (time.time_ns() if check.passed else 0)
     vm.write(check=check, up_ns=up_ns, starts=0, evidence_due=True)
     vm.log("check has ended", passed=check.passed, detail=check.detail)
+    return True
 
 
 async def give_up(vm: Vm) -> None:
-    """The boot has come to nothing; the console tells more."""
+    """The boot has come to nothing, unless it has answered while nobody looked."""
     process = await vm.running.look()
+    if process is not Process.NONE and _take_answer(vm):
+        return
     if process is Process.NONE:
         reason = f"it ended {STARTS_MAX} times without an answer: {vm.reason}".rstrip(": ")
     elif process is Process.HALTED:
@@ -188,7 +195,7 @@ async def shut_down(vm: Vm) -> None:
     if vm.record.guest == OWN and monitor is not None:
         await monitor.press_power_button()
         deadline = time.monotonic() + SHUT_DOWN_SECONDS_MAX
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not vm.record.removing:
             if await vm.running.look() is not Process.RUNNING:
                 break
             await asyncio.sleep(POWER_LOOK_SECONDS)

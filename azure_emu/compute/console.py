@@ -21,8 +21,10 @@ from replication.control.recovery import (
 RESULT_PREFIX = b"understudy-result "
 RESULT_BYTES_MAX = 512 << 10
 TEXT_CHARACTERS_MAX = 1900
-_LOGIN = re.compile(rb"(?:^|\n)(?!Last )[^\r\n]{0,120}\blogin: ?(?:\r?\n|$)")
-PROMPT_BYTES_MAX = 4096
+_LOGIN = re.compile(rb"(?:^|\n)(?!Last )[^\r\n]{0,120}\blogin: ?(?:\r?\n|\[|$)")
+"""A prompt, alone or with a message of the kernel or of systemd behind it."""
+
+PROMPT_BYTES_MAX = 64 << 10
 """A prompt is looked for in so much of the console's end."""
 
 

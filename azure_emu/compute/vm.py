@@ -54,7 +54,7 @@ class Vm:
         self.share = 0.0
         self._alone: set[int] = set()
         self._looked = False
-        self._health_part = f"VM {record.order.name or folder.vm}"
+        self._health_part = f"VM {record.order.name} {folder.vm}"
 
     @property
     def disks(self) -> list[Disk]:

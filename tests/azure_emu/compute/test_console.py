@@ -111,6 +111,8 @@ def test_of_a_long_output_the_end_is_kept_and_no_nul() -> None:
     [
         (b"\r\nDebian GNU/Linux 12 web ttyS0\r\n\r\nweb login: ", True),
         (b"web login:", True),
+        (b"web login: [   23.456789] random: crng init done\r\n", True),
+        (b"web login: [  OK  ] Started x.\r\n" + b"y" * 9000, True),
         (b"web login: root\r\nPassword: ", False),
         (b"Last login: Tue Nov", False),
         (b"catalogin: x", False),

@@ -2,12 +2,16 @@
 
 # ruff: noqa: ASYNC221 - nothing else runs on this loop
 
+import asyncio
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from azure_emu.compute import carry_out
+from azure_emu.compute.launch import CONSOLE
+from azure_emu.compute.record import VmRecord
 from replication.control.recovery import (
     EvidenceKind,
     GuestChoice,
@@ -16,7 +20,7 @@ from replication.control.recovery import (
     VmReport,
     VmState,
 )
-from tests.azure_emu.compute.site import MIB, Place, running
+from tests.azure_emu.compute.site import MIB, SECONDS_MAX, Place, running
 
 pytestmark = pytest.mark.timeout(900)
 """Emulated guests beside other tests take their time."""
@@ -73,6 +77,12 @@ def recovery_disks(place: Place, files: Path) -> list[SourceDisk]:
 
 def answered(report: VmReport) -> bool:
     return report.check is not None
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SECONDS_MAX):
+        while not holds():  # noqa: ASYNC110 - a file, which tells nobody
+            await asyncio.sleep(0.02)
 
 
 async def test_one_boot_of_the_recovery_guest_finds_everything(place: Place) -> None:
@@ -206,6 +216,26 @@ async def test_a_guest_that_is_silent_fails_in_time_and_says_so(place: Place) ->
         assert report.up_ns == 0
         await site.until(order.id, lambda _: len(site.evidence) == 2)
         assert b"panic" in site.evidence[order.id, EvidenceKind.CONSOLE]
+
+
+async def test_an_answer_that_came_while_nobody_looked_counts(place: Place) -> None:
+    order = place.order(
+        own_disk(place, b"\r\nweb-01 login: "), power=VmPower.ON, check_seconds_max=1
+    )
+    async with running(place) as site:
+        await site.order(order)
+        await site.until(order.id, lambda _: bool(place.processes(order.id)))
+    record = place.vm_folder(order.id) / "vm.json"
+    started = VmRecord.model_validate_json(record.read_bytes())
+    record.write_text(
+        started.model_copy(update={"started_ns": 1, "check": None, "failed": ""}).model_dump_json()
+    )
+    console = place.vm_folder(order.id) / CONSOLE
+    await until(lambda: b"login: " in console.read_bytes())
+    async with running(place) as site:
+        report = await site.until(order.id, lambda one: one.check is not None)
+        assert report.check is not None
+        assert report.check.passed
 
 
 async def test_what_can_never_be_is_a_failure_that_a_newer_order_ends(place: Place) -> None:
