@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.text import Text
 
 from appliance.cli.api_client import connect, part
-from appliance.cli.failover_choice import Compute, Network, Notes, PointChoice
+from appliance.cli.failover_choice import Compute, Network, Notes, PointChoice, read_script
 from appliance.cli.jobs import JobFailedError, watch
 from appliance.cli.names import Wait, complete_machine, complete_plan, complete_schedule
 from appliance.cli.output import (
@@ -41,6 +41,17 @@ MachineOption = Annotated[
     str | None,
     typer.Option(
         "--machine", metavar="NAME", help="Of a machine.", autocompletion=complete_machine
+    ),
+]
+
+
+GuestOption = Annotated[
+    str | None, typer.Option("--guest", metavar="auto|own|recovery", help="Of a machine.")
+]
+ScriptFile = Annotated[
+    str | None,
+    typer.Option(
+        "--script", metavar="FILE", help="Of a machine: the recovery guest runs it; 0 passes."
     ),
 ]
 
@@ -92,14 +103,15 @@ def run(
     point: PointChoice = "latest",
     network: Network = None,
     compute: Compute = None,
+    guest: GuestOption = None,
+    script: ScriptFile = None,
     notes: Notes = "",
     wait: Wait = False,
     as_json: AsJson = False,
 ) -> None:
     """Hold a drill now. With --wait: until it is cleaned up and its report is there."""
-    body = _subject(plan, machine) | {
-        "point": point, "network": network, "compute": compute, "notes": notes,
-    }  # fmt: skip
+    body = _subject(plan, machine) | _options(guest, script)
+    body |= {"point": point, "network": network, "compute": compute, "notes": notes}
     with connect() as api:
         found = api.post("/drills", body)
         if not wait:
@@ -168,6 +180,8 @@ def schedule(
     point: PointChoice = "latest",
     network: Network = None,
     compute: Compute = None,
+    guest: GuestOption = None,
+    script: ScriptFile = None,
     notes: Notes = "",
     as_json: AsJson = False,
 ) -> None:
@@ -178,7 +192,8 @@ def schedule(
         if found is None:
             raise ConfigError(f"--every: {every!r:.40} is no number of days", hint="as in 7d")
         timing["every_days"] = int(found[1])
-    body = _subject(plan, machine) | {
+    body = _subject(plan, machine) | _options(guest, script)
+    body |= {
         "name": name,
         "timing": {key: value for key, value in timing.items() if value is not None},
         "point": point,
@@ -235,6 +250,16 @@ def _subject(plan: str | None, machine: str | None) -> dict[str, Any]:
     if (plan is None) == (machine is None):
         raise ConfigError("say what the drill is of", hint="--plan PLAN or --machine MACHINE")
     return {"plan": plan} if plan is not None else {"machine": machine}
+
+
+def _options(guest: str | None, script: str | None) -> dict[str, Any]:
+    """How the VM of a machine is made; a plan says so itself."""
+    given: dict[str, Any] = {}
+    if guest is not None:
+        given["guest"] = guest
+    if script is not None:
+        given["script"] = read_script(script)
+    return given
 
 
 def _tell(found: dict[str, Any]) -> None:

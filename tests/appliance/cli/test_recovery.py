@@ -244,7 +244,11 @@ def test_a_plan_runs_waits_for_a_person_and_is_cleaned_up(boss: Person, tmp_path
 
 
 def test_drills_are_held_scheduled_and_reported(boss: Person, tmp_path: Path) -> None:
-    found = boss.reads("drills", "run", "--machine", "db-1", "--wait")
+    (tmp_path / "check.sh").write_text("test -d /disk0\n")
+    script = ("--script", str(tmp_path / "check.sh"))
+    found = boss.reads(
+        "drills", "run", "--machine", "db-1", "--guest", "recovery", *script, "--wait"
+    )
     assert (found["state"], found["untouched"]) == ("passed", True)
     drill = found["id"]
     out = boss.sees("drills", "show", drill)
@@ -270,6 +274,7 @@ def test_drills_are_held_scheduled_and_reported(boss: Person, tmp_path: Path) ->
     for words in (
         ("schedule", "x", "--machine", "db-1", "--every", "7d"),
         ("schedule", "x", "--machine", "db-1", "--cron", "0 0 30 2 *"),
+        ("run", "--plan", "x", *script),
     ):
         boss.is_told("drills", *words, code=9)
     for name in ("weekly", "saturdays"):

@@ -66,7 +66,7 @@ async def list_schedules(server: ServerOf, paging: PagingOf, _: Reader) -> Page[
 @router.post("", status_code=HTTPStatus.CREATED)
 async def create(server: ServerOf, caller: Contributor, request: ScheduleRequest) -> ScheduleAnswer:
     """Schedule drills of a plan or a machine."""
-    detail = request.model_dump(mode="json", exclude={"notes"}, exclude_none=True)
+    detail = request.model_dump(mode="json", exclude={"notes", "script"}, exclude_none=True)
     now_ns = server.clock()
     async with server.change(caller, "drill.schedule", request.name, detail) as session:
         machine = None

@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, Self
 
 from fastapi import Response
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -26,7 +26,7 @@ from appliance.config_server.recovery.drills.holding import (
 from appliance.config_server.recovery.drills.report import is_untouched
 from appliance.config_server.recovery.plans.running import RunRequest
 from appliance.config_server.recovery.requests import NOTES_CHARACTERS_MAX
-from appliance.config_server.recovery.run import WAIT_SECONDS_DEFAULT, WAIT_SECONDS_MAX
+from appliance.config_server.recovery.run import FailoverOptions
 from appliance.config_server.store.recovery_tables import DrillReport, PlanRun
 from appliance.config_server.store.schema import Job
 from replication.control.role import OperatorRole
@@ -44,28 +44,32 @@ _HTML: dict[int | str, dict[str, Any]] = {
 _PAGE_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-class DrillRequest(BaseModel):
-    """A drill of a plan or of a machine, one of them."""
-
-    model_config = ConfigDict(extra="forbid")
+class DrillRequest(FailoverOptions):
+    """A drill of a plan or of a machine, one of them. How VMs are made, a plan says itself."""
 
     plan: Name | None = None
     machine: MachineText | None = None
     point: PointText = "latest"
     network: Name | None = None
     compute: Name | None = None
-    wait_seconds: Annotated[int, Field(ge=0, le=WAIT_SECONDS_MAX)] = WAIT_SECONDS_DEFAULT
     notes: NoteText = ""
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:
         if (self.plan is None) == (self.machine is None):
             raise ValueError("a drill is of a plan or of a machine, one of them")
+        given = self.model_fields_set & (set(FailoverOptions.model_fields) - {"wait_seconds"})
+        if self.plan is not None and given:
+            raise ValueError(f"a plan says itself how its VMs are made: {', '.join(sorted(given))}")
         return self
 
     def request(self) -> RunRequest:
         names = ("point", "network", "compute", "wait_seconds", "notes")
-        return RunRequest(**{name: getattr(self, name) for name in names})
+        options = self.model_dump(include=set(FailoverOptions.model_fields))
+        return RunRequest(
+            **{name: getattr(self, name) for name in names},
+            options=FailoverOptions.model_validate(options),
+        )
 
 
 class DrillSummary(BaseModel):
@@ -147,7 +151,7 @@ async def read_page_of_drill(server: ServerOf, drill: uuid.UUID, _: Reader) -> R
 @router.post("", status_code=HTTPStatus.ACCEPTED)
 async def hold(server: ServerOf, caller: Operator, request: DrillRequest) -> DrillSummary:
     """Hold a drill now: a test failover that is cleaned up by itself, and its report."""
-    detail = request.model_dump(mode="json", exclude={"notes"})
+    detail = request.model_dump(mode="json", exclude={"notes", "script"})
     target = request.plan or request.machine or ""
     async with server.change(caller, "drill.begin", target, detail) as session:
         asking = Asking(session, server.protection.ports, server.clock(), caller.name)

@@ -17,7 +17,7 @@ from appliance.config_server.recovery.drills.schedule import Timing, next_at
 from appliance.config_server.recovery.plans.catalogue import find_plan
 from appliance.config_server.recovery.plans.running import RunRequest, begin_plan
 from appliance.config_server.recovery.requests import begin_failover
-from appliance.config_server.recovery.run import FailoverKind, FailoverOptions, RunMachine
+from appliance.config_server.recovery.run import FailoverKind, RunMachine
 from appliance.config_server.store.recovery_tables import DrillReport, DrillSchedule
 from appliance.config_server.store.schema import Job, Machine
 from replication.errors import ConflictError, NotFoundError
@@ -62,7 +62,7 @@ async def begin_drill(
         job = await begin_plan(asking, config, plan, request, drill=drill)
     else:
         assert machine is not None
-        options = FailoverOptions(wait_seconds=request.wait_seconds)
+        options = request.options.model_copy(update={"wait_seconds": request.wait_seconds})
         job = await begin_failover(
             asking,
             FailoverKind.TEST,

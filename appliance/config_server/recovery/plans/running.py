@@ -47,7 +47,10 @@ from appliance.config_server.store.schema import Job, Machine, Node
 
 
 class RunRequest(BaseModel):
-    """How a plan, or the machine of a drill, is to be run."""
+    """How a plan, or the machine of a drill, is to be run.
+
+    options: how the VM of a machine alone is made; a plan says so itself.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,6 +61,7 @@ class RunRequest(BaseModel):
     wait_seconds: int = 120
     shut_down: bool = True
     notes: str = ""
+    options: FailoverOptions = FailoverOptions()
 
 
 async def read_facts(
