@@ -57,7 +57,7 @@ async def find_failover(asking: Asking, failover: uuid.UUID) -> Failover:
     )
     if row is None:
         raise NotFoundError(
-            f"there is no failover {failover}", hint="`understudy failovers` lists them"
+            f"there is no failover {failover}", hint="`understudy failover list` lists them"
         )
     return row
 

@@ -193,11 +193,11 @@ KINDS: dict[Code, Kind] = {
     ),
     Code.TEST_NOT_CLEANED: Kind(
         "its virtual machine uses memory, and its recovery point is kept",
-        "`understudy failovers cleanup ID` removes all of it",
+        "`understudy failover cleanup MACHINE` removes all of it",
     ),
     Code.NOT_COMMITTED: Kind(
         "the virtual machine still reads from its recovery point; nothing protects it",
-        "commit the failover, or take it back: `understudy failovers`",
+        "commit the failover, or take it back: `understudy failover list`",
     ),
     Code.DEFECT: Kind(
         "the config server itself has a defect; others are watched as ever",

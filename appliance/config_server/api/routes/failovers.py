@@ -384,7 +384,7 @@ async def _find(session: AsyncSession, failover: uuid.UUID) -> Failover:
     row = await session.get(Failover, failover)
     if row is None:
         raise NotFoundError(
-            f"there is no failover {failover}", hint="`understudy failovers` lists them"
+            f"there is no failover {failover}", hint="`understudy failover list` lists them"
         )
     return row
 

@@ -21,7 +21,12 @@ from appliance.config_server.protection.part import nothing
 from appliance.config_server.protection.table import SENDING
 from appliance.config_server.protection.workflows import WORKFLOWS
 from appliance.config_server.recovery.part import Recovery
-from appliance.config_server.recovery.ports import ActionOrder, ActionOutcome, RecoveryPorts
+from appliance.config_server.recovery.ports import (
+    ActionOrder,
+    ActionOutcome,
+    ActionPort,
+    RecoveryPorts,
+)
 from appliance.config_server.recovery.requests import begin_failover
 from appliance.config_server.recovery.run import (
     FailoverKind,
@@ -362,10 +367,14 @@ async def open_recovery(
     boundary: Callable[[str], None] = nothing,
     power: Power | None = None,
     actions: Actions | None = None,
+    runner: ActionPort | None = None,
 ) -> AsyncIterator[RecoveryStage]:
-    """Everything that runs in a config server for protection and recovery."""
+    """Everything that runs in a config server for protection and recovery.
+
+    runner: runs actions instead of ``actions``, which only say that they did.
+    """
     power, actions = power or Power(), actions or Actions()
-    ports = RecoveryPorts(actions, power)
+    ports = RecoveryPorts(runner or actions, power)
     own = recovery_workflows(ports, answer_seconds_max=jobs.answer_seconds_max)
     workflows = {**WORKFLOWS, **own}
     async with open_stage(
