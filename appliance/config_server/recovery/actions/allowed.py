@@ -47,7 +47,7 @@ def file_below(folder: str, name: str, *, secret: bool = False) -> str:
         raise AccessError(f"{name!r:.200} is not below {folder}")
     try:
         info = os.stat(path)
-        folders = [os.stat(each) for each in _folders(root, path)]
+        folders = [os.stat(each) for each in _folders(path)]
     except OSError as error:
         raise NotFoundError(
             f"there is no file {path}: {error.strerror}",
@@ -55,19 +55,24 @@ def file_below(folder: str, name: str, *, secret: bool = False) -> str:
         ) from error
     if not stat.S_ISREG(info.st_mode):
         raise AccessError(f"{path} is no file")
-    for each in (info, *folders):
-        if each.st_uid not in TRUSTED_OWNERS or each.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    below = len(_folders(path)) - len(_folders(root))
+    for place, each in enumerate((info, *folders)):
+        # Above the folder a sticky one, as /tmp, lets nobody rename what is root's.
+        is_sticky = place > below and each.st_mode & stat.S_ISVTX
+        is_open = each.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_sticky
+        if each.st_uid not in TRUSTED_OWNERS or is_open:
             raise AccessError(
-                f"others than root may write {path} or its folder",
-                hint=f"chown root: and chmod go-w, from {root} on down",
+                f"others than root may write {path} or a folder that it is in",
+                hint=f"chown root: and chmod go-w, {root} and what is above and below it",
             )
     if secret and info.st_mode & (stat.S_IRGRP | stat.S_IROTH):
         raise AccessError(f"others may read the key {path}", hint=f"chmod go= {path}")
     return path
 
 
-def _folders(root: str, path: str) -> Sequence[str]:
+def _folders(path: str) -> Sequence[str]:
+    """Those that a path is in, from the innermost to the root."""
     folders = [os.path.dirname(path)]
-    while folders[-1] != root:
+    while folders[-1] != os.sep:
         folders.append(os.path.dirname(folders[-1]))
     return folders

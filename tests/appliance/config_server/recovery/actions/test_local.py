@@ -160,6 +160,17 @@ async def test_programs_that_are_not_the_administrators_are_refused(
     assert told in outcome.detail
 
 
+async def test_a_folder_that_others_may_rename_is_refused(tmp_path: Path) -> None:
+    write_program(tmp_path / "open/scripts", "program", "#!/bin/sh\n")
+    (tmp_path / "open").chmod(0o777)
+    acting = runner(tmp_path, scripts_folder=str(tmp_path / "open/scripts"))
+    outcome = await acting.run(script({"command": "program"}))
+    assert not outcome.succeeded
+    assert "a folder that it is in" in outcome.detail
+    (tmp_path / "open").chmod(0o1777)
+    assert (await acting.run(script({"command": "program"}))).succeeded
+
+
 @pytest.mark.parametrize(
     ("config", "spec", "told"),
     [
