@@ -15,6 +15,7 @@ setup: $(READY) ## install what everything needs (Debian packages, a virtual env
 
 $(READY): requirements.lock pyproject.toml deploy/setup deploy/installer.lock azure_emu/package-lock.json \
     deploy/go.lock vsphere_emu/vcsim/go.sum $(wildcard vsphere_emu/vcsim/*.go) \
+    azure_emu/compute/guest/build.py azure_emu/compute/guest/init \
     azure_emu/compute/guest/build.py azure_emu/compute/guest/init
 	deploy/setup
 	touch $@

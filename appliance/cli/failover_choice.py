@@ -44,7 +44,6 @@ def find_failover(
     *,
     failover: str | None = None,
     kinds: tuple[str, ...] = ("test", "planned", "unplanned"),
-    with_vm: bool = False,
 ) -> dict[str, Any]:
     """The open failover of a machine of one of ``kinds``; errors name what there is."""
     found = [
@@ -52,8 +51,6 @@ def find_failover(
         for each in failovers_of(api, machine, is_open=True)
         if each["kind"] in kinds and (failover is None or each["id"] == failover)
     ]
-    if with_vm:
-        found = [each for each in found if each.get("vm")]
     if not found:
         what = "test failover" if kinds == ("test",) else "failover"
         raise NotFoundError(
@@ -68,6 +65,23 @@ def find_failover(
         )
         raise ConflictError(f"{machine} has {len(found)} of them: {each}", hint="--failover ID")
     return found[0]
+
+
+def find_evidence(
+    api: ApiClient, machine: str, kind: str, *, failover: str | None = None
+) -> dict[str, Any]:
+    """The newest failover of a machine that has left a ``kind`` of evidence, open or over: why one
+    failed is what people look for most.
+    """
+    found = failovers_of(api, machine)
+    for each in found:
+        if each[f"has_{kind}"] and failover in (None, each["id"]):
+            return each
+    raise NotFoundError(
+        f"no VM of {machine} has left a {kind} yet"
+        + (f" in failover {failover}" if failover else ""),
+        hint="the compute node sends it when its check has ended or has failed",
+    )
 
 
 def failovers_of(

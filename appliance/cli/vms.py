@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from appliance.cli.api_client import connect
-from appliance.cli.failover_choice import FailoverId, find_failover
+from appliance.cli.failover_choice import FailoverId, find_evidence
 from appliance.cli.names import MachineName, complete_vcenter
 from appliance.cli.output import (
     AsJson,
@@ -54,9 +54,9 @@ def list_vms(*, as_json: AsJson = False) -> None:
 
 @app.command()
 def console(machine: MachineName, *, failover: FailoverId = None, as_json: AsJson = False) -> None:
-    """Print what a machine's VM has written to its serial console."""
+    """Print what a machine's VM has written to its serial console, also when it is gone."""
     with connect() as api:
-        found = find_failover(api, machine, failover=failover, with_vm=True)
+        found = find_evidence(api, machine, "console", failover=failover)
         text = api.get_bytes(f"/failovers/{found['id']}/console").decode(errors="replace")
     if as_json:
         print_json({"failover": found["id"], "machine": found["machine"], "console": text})
@@ -76,9 +76,9 @@ def screenshot(
     failover: FailoverId = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the picture of a machine's VM to a PNG file."""
+    """Write the picture of a machine's VM to a PNG file, also when it is gone."""
     with connect() as api:
-        found = find_failover(api, machine, failover=failover, with_vm=True)
+        found = find_evidence(api, machine, "screenshot", failover=failover)
         picture = api.get_bytes(f"/failovers/{found['id']}/screenshot")
     path = output or f"{os.path.basename(found['machine'])}.png"
     write_file(path, picture)
