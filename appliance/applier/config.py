@@ -74,6 +74,7 @@ class ApplierConfig(DaemonConfig):
     machines:     whom it applies, unless a config server says that.
     store:        folder of the machines' layered stores.
     points_mount: folder where every recovery point is served as read-only files; none: nowhere.
+    points_for_root: root may read them too, as a compute node does.
     fetches_max:  segments fetched at once, all machines together.
     fetch_bytes_max: their bytes in memory.
     applies_max:  changesets applied at once, each of another machine.
@@ -93,6 +94,7 @@ class ApplierConfig(DaemonConfig):
     control: ControlConfig | None = None
     retention: RetentionPolicy = RetentionPolicy()
     points_mount: str | None = None
+    points_for_root: bool = False
     fetches_max: Annotated[int, Field(ge=1, le=64)] = 8
     fetch_bytes_max: Annotated[int, Field(ge=SEGMENT_BYTES_MAX, le=1024 * _MIB)] = 32 * _MIB
     applies_max: Annotated[int, Field(ge=1, le=16)] = 2

@@ -347,11 +347,11 @@ def _told_to_kernel(log: Any) -> Iterator[None]:
         raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
 
 
-def serve_points(store_root: str, mountpoint: str) -> None:
+def serve_points(store_root: str, mountpoint: str, *, for_root: bool = False) -> None:
     """Mount the points of ``store_root`` and serve them until SIGTERM, SIGINT or an unmount.
 
-    A mount that a killed process left behind is removed first. Raises ConfigError when mounting is
-    refused.
+    A mount that a killed process left behind is removed first. The mount is its user's alone, and
+    root's where ``for_root`` says so. Raises ConfigError when mounting is refused.
     """
     unmount_stale(mountpoint)
     make_folder(mountpoint, mode=0o755)
@@ -359,6 +359,8 @@ def serve_points(store_root: str, mountpoint: str) -> None:
     pyfuse3.asyncio.enable()
     tree = PointsTree(os.path.abspath(store_root))
     options = {"ro", "fsname=understudy", "subtype=points", "default_permissions"}
+    if for_root:
+        options.add("allow_root")
     try:
         pyfuse3.init(tree, os.path.abspath(mountpoint), options)
     except RuntimeError as error:

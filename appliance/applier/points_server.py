@@ -26,7 +26,7 @@ from daemon.service import fail
 from replication.errors import ReplicationError
 configure_log(daemon="points")
 try:
-    serve_points(sys.argv[2], sys.argv[3])
+    serve_points(sys.argv[2], sys.argv[3], for_root=sys.argv[4] == "for-root")
 except ReplicationError as error:
     sys.exit(fail(error))
 """
@@ -45,6 +45,7 @@ async def serve_points_apart(config: ApplierConfig, health: Health) -> None:
             str(os.getpid()),
             config.store,
             config.points_mount,
+            "for-root" if config.points_for_root else "alone",
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,
         )

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,8 +25,13 @@ from tests.appliance.applier.store.recorded_machine import (
 SERVE = """
 import sys
 from appliance.applier.points_fuse import serve_points
-serve_points(*sys.argv[1:])
+serve_points(*sys.argv[1:3], for_root=len(sys.argv) > 3)
 """
+AS_NOBODY = [
+    *("setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups"),
+    *("--inh-caps", "+sys_admin,+dac_override", "--ambient-caps", "+sys_admin,+dac_override", "--"),
+]
+"""As the applier's unit is with points.conf, and with the right to reach this test's folders."""
 
 
 class Mount:
@@ -36,10 +41,9 @@ class Mount:
         self.root, self.folder = root, folder
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(self.root), str(self.folder)]
-        )
+    def start(self, *options: str, before: Sequence[str] = ()) -> None:
+        command = [*before, sys.executable, "-c", SERVE, str(self.root), str(self.folder), *options]
+        self.process = subprocess.Popen(command)
         until = time.monotonic() + 20
         while not is_served(self.folder):
             assert self.process.poll() is None
@@ -203,6 +207,19 @@ def test_sigterm_unmounts_and_a_killed_mount_is_replaced(
     mount.end(signal.SIGKILL)
     mount.start()
     assert (points_of(mount)[2] / "disk1.img").read_bytes() == machine.images[2][1]
+
+
+def test_root_reads_what_another_user_serves_if_that_is_said_and_nobody_else_does(
+    mount: Mount, machine: RecordedMachine
+) -> None:
+    mount.start("for root", before=AS_NOBODY)
+    path = points_of(mount)[2] / "disk1.img"
+    assert path.read_bytes() == machine.images[2][1]
+    other = ["setpriv", "--reuid", "4321", "--clear-groups", "--inh-caps", "+dac_read_search"]
+    other += ["--ambient-caps", "+dac_read_search", "--", "cat", str(path)]
+    done = subprocess.run(other, check=False, capture_output=True, text=True)
+    assert "Permission denied" in done.stderr
+    assert mount.end(signal.SIGTERM) == 0
 
 
 def test_export_keeps_holes(tmp_path: Path) -> None:
