@@ -8,7 +8,7 @@ where the former ones were. Points of every machine: `POINTS`.
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -237,15 +237,20 @@ class RecoveryNodes(Nodes):
 
 @dataclass(slots=True)
 class Power:
-    """A vCenter. ``refuses``: why it does nothing. ``off``: what it has switched off."""
+    """A vCenter. ``refuses``: why it does nothing. ``off``: what it has switched off, and what
+    happens ``then``.
+    """
 
     refuses: str = ""
+    then: Callable[[uuid.UUID], Awaitable[None]] | None = None
     off: list[uuid.UUID] = field(default_factory=list)
 
     async def power_off(self, vm: uuid.UUID) -> None:
         if self.refuses:
             raise UnavailableError(self.refuses)
         self.off.append(vm)
+        if self.then is not None:
+            await self.then(vm)
 
 
 @dataclass(slots=True)

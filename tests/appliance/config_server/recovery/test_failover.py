@@ -1,6 +1,7 @@
 """Failovers and test failovers of one machine, from the request to nothing being left."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from sqlalchemy import delete
 
 from appliance.config_server.protection import requests
 from appliance.config_server.protection.config import JobsConfig
-from appliance.config_server.protection.jobs import steps_of
+from appliance.config_server.protection.jobs import ask_to_cancel, find_job, steps_of
 from appliance.config_server.protection.machines import BusyError
 from appliance.config_server.protection.placement import PlacementError
 from appliance.config_server.recovery.follow_up import cancel, change_point, commit
@@ -309,3 +310,35 @@ async def test_what_a_silent_compute_node_has_goes_when_it_is_heard_again(
         stage.nodes.stubborn.clear()
         await stage.machine_is(MACHINE, "protected")
         await stage.nothing_is_left()
+
+
+async def test_a_source_that_wrote_on_before_it_was_off_fails_the_planned_failover(
+    stage: RecoveryStage,
+) -> None:
+    async def thaw(vm: uuid.UUID) -> None:
+        stage.nodes.frozen_not = "it was frozen for too long"
+        await stage.nodes.report()
+        assert stage.power.off == [vm]
+
+    stage.power.then = thaw
+    job = await stage.begun(PLANNED)
+    told = await failed(stage, job, "not_off")
+    assert "had let writes go on" in told
+
+
+async def test_a_planned_failover_that_is_cancelled_lets_the_source_go_on(
+    stage: RecoveryStage,
+) -> None:
+    stage.nodes.silent.add(MACHINE)
+    job = await stage.begun(PLANNED)
+    assert "final changeset" in await stage.noted(job.id, 0)
+    assert (await stage.machine()).final_wanted
+    async with stage.database.writing() as session:
+        ask_to_cancel(await find_job(session, job.id, lock=True), stage.clock())
+    stage.protection.performer.wake(job.id)
+    job = await stage.ended(job.id)
+    assert (job.state, job.error) == ("cancelled", None)
+    machine = await stage.machine()
+    assert (machine.state, machine.job_id, machine.final_wanted) == ("protected", None, False)
+    assert stage.power.off == []
+    assert await stage.there() == ([], [])
