@@ -44,15 +44,10 @@ class Admission:
             self._let_in()
             raise
 
-    def adopt(self, vm: uuid.UUID, memory_bytes: int, *, booting: bool) -> None:
-        """It runs already, whether there is room or not."""
+    def count(self, vm: uuid.UUID, memory_bytes: int, *, booting: bool) -> None:
+        """It runs, whether there is room or not. When it boots no more, another one may."""
         self._running[vm] = _Running(memory_bytes, booting)
-
-    def booted(self, vm: uuid.UUID) -> None:
-        """Another one may boot; fine to say again."""
-        if vm in self._running and self._running[vm].booting:
-            self._running[vm].booting = False
-            self._let_in()
+        self._let_in()
 
     def release(self, vm: uuid.UUID) -> None:
         """It runs no more; fine to say again."""

@@ -146,4 +146,4 @@ class Machine:
             admission.release(vm.id)
         else:
             booting = self.record.check is None
-            admission.adopt(vm.id, vm.memory_bytes, booting=booting)
+            admission.count(vm.id, vm.memory_bytes, booting=booting)

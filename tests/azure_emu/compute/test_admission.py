@@ -23,8 +23,10 @@ async def test_boots_are_let_in_one_after_the_other_in_order() -> None:
     admission, vms = Admission(100 * GIB, 1), ids(3)
     tasks = [asyncio.create_task(admission.admit(vm, GIB)) for vm in vms]
     assert await settled(*tasks) == [True, False, False]
-    admission.booted(vms[0])
-    admission.booted(vms[0])
+    admission.count(vms[0], GIB, booting=True)
+    assert await settled(*tasks) == [True, False, False]
+    admission.count(vms[0], GIB, booting=False)
+    admission.count(vms[0], GIB, booting=False)
     assert await settled(*tasks) == [True, True, False]
     admission.release(vms[1])
     assert await settled(*tasks) == [True, True, True]
@@ -34,7 +36,7 @@ async def test_memory_is_never_given_twice() -> None:
     admission, vms = Admission(2 * GIB, 9), ids(3)
     tasks = [asyncio.create_task(admission.admit(vm, GIB)) for vm in vms]
     assert await settled(*tasks) == [True, True, False]
-    admission.booted(vms[0])
+    admission.count(vms[0], GIB, booting=False)
     assert await settled(*tasks) == [True, True, False]
     admission.release(vms[0])
     assert await settled(*tasks) == [True, True, True]
@@ -58,7 +60,7 @@ async def test_more_than_there_is_fails_at_once() -> None:
 
 async def test_what_runs_already_counts() -> None:
     admission, vms = Admission(2 * GIB, 1), ids(2)
-    admission.adopt(vms[0], 2 * GIB, booting=True)
+    admission.count(vms[0], 2 * GIB, booting=True)
     task = asyncio.create_task(admission.admit(vms[1], GIB))
     assert await settled(task) == [False]
     admission.release(vms[0])
