@@ -76,7 +76,8 @@ def _check(tree: dict[str, Any]) -> VmCheck:
     elif not systems and script_exit is None:
         detail = "no disk holds a file system that can be mounted"
     else:
-        detail = f"{len(systems)} file systems are clean"
+        count = len(systems)
+        detail = "1 file system is clean" if count == 1 else f"{count} file systems are clean"
         detail += "" if script_exit is None else ", the script has passed"
         return VmCheck(
             passed=True,

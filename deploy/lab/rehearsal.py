@@ -182,7 +182,8 @@ def _started(failover: Mapping[str, Any]) -> Started:
         point=failover["point"],
         consistency=failover["consistency"],
         guest=vm["guest"],
-        detail=check.get("output") or check.get("detail") or "",
+        detail=check.get("output")
+        or ("" if check.get("file_systems") else check.get("detail", "")),
         file_systems=tuple(
             f"{one['kind']} {'clean' if one['clean'] else 'not clean'}, "
             f"{one['used_bytes'] / _MEBIBYTE:,.0f} MiB used"

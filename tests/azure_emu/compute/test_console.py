@@ -80,7 +80,7 @@ def test_a_forged_line_does_not_hide_the_real_one() -> None:
 @pytest.mark.parametrize(
     ("changed", "passed", "told"),
     [
-        ({}, True, "1 file systems are clean"),
+        ({}, True, "1 file system is clean"),
         ({"script_exit": 0}, True, "the script has passed"),
         ({"script_exit": 3}, False, "exit code 3"),
         ({"script_exit": 143}, False, "did not end in time"),

@@ -4,7 +4,7 @@ Neither this daemon's own SSH configuration nor an agent is used. At the end of 
 connection ends, and with it the session: what the server does to the processes of a session whose
 connection is gone is the server's.
 
-Source: RFC 4252, RFC 4254 §6.5, §6.9; docs/adr/0020-asyncssh-for-actions.md.
+Source: RFC 4252, RFC 4254 §6.5, §6.9; docs/adr/0015-asyncssh-for-actions.md.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
 Everything in it comes from machines and plans that others write: the template escapes all of it,
 and the page allows no script and loads nothing.
 
-Source: docs/RECOVERY.md §6; docs/adr/0022-jinja2-and-croniter.md.
+Source: docs/RECOVERY.md §6; docs/adr/0017-jinja2-and-croniter.md.
 """
 
 import base64

@@ -4,7 +4,7 @@ YAML's JSON-like core only: no anchors, aliases, tags or merges, so a text is as
 says and has no cycles. Words such as ``no`` and ``22:00`` stay words.
 
 Source: yaml.org/spec/1.2.2 (§10.3 core schema); docs/RECOVERY.md §5;
-docs/adr/0021-pyyaml-for-plans.md.
+docs/adr/0016-pyyaml-for-plans.md.
 """
 
 import re
