@@ -79,11 +79,28 @@ def _with_descendants(roots: Iterable[int]) -> list[int]:
     return found
 
 
+def has_ended_unreaped(pid: int) -> bool:
+    """Whether a process has ended and nobody has asked for its exit code yet: by its number alone
+    it seems to live.
+    """
+    found = _state_of(str(pid))
+    return found is not None and found[0] in _ENDED
+
+
 def _parent_of(pid: str) -> int | None:
     """None for one that has ended."""
+    found = _state_of(pid)
+    return None if found is None or found[0] in _ENDED else found[1]
+
+
+def _state_of(pid: str) -> tuple[bytes, int] | None:
+    """Its state's letter and its parent; None where there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             state, parent = file.read().rpartition(b")")[2].split()[:2]
     except (OSError, ValueError):
         return None
-    return None if state in (b"Z", b"X") else int(parent)
+    return state, int(parent)
+
+
+_ENDED = (b"Z", b"X")

@@ -137,7 +137,10 @@ class Freezer:
         try:
             reply = self._ask({"look": True}, REPLY_SECONDS_MAX)
         except OSError as error:
-            return f"the process that held the file systems frozen is gone: {error}"
+            if self._channel:  # an answer that comes late must not be taken for another one's
+                self._channel.close()
+                self._channel = None
+            return f"the process that held the file systems frozen does not answer: {error}"
         return "" if reply["held"] else str(reply["reason"])
 
     def thaw(self) -> FreezeResult:

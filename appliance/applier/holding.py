@@ -180,6 +180,7 @@ class Holder:
             except (StorageError, LimitError) as error:
                 told = Answer.waits(f"it cannot be written down: {error}")
                 answers |= {held.id: told for held in new}
+                self._wish = None  # also one that was only to last longer is tried again
         before, self.answers = self.answers, answers
         return {id_: one.state for id_, one in before.items()} != {
             id_: one.state for id_, one in answers.items()

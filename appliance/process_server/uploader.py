@@ -65,8 +65,7 @@ class Uploader:
                 if due is None:
                     await stream.moved.wait()
                     continue
-                await self._budget.take(due.segment.size_bytes)
-                tasks.create_task(self._put_taken(stream, due.of, due.segment))
+                await self._begin(tasks, stream, due.of, due.segment)
 
     async def _put_manifests(self, stream: Stream) -> None:
         while True:
@@ -79,7 +78,11 @@ class Uploader:
                 await stream.moved.wait()
 
     async def note_present(self, stream: Stream) -> None:
-        """After a restart: what the cache holds of the stream need not be sent again."""
+        """After a restart: what the cache holds of the stream need not be sent again, and what an
+        earlier run had begun has ended with it.
+        """
+        for attempt in stream.attempts.values():
+            attempt.uploads.begun = set(attempt.uploads.done)
         sizes: dict[str, dict[str, int]] = {}
         for changeset in list(held_in_order(stream)):
             container = container_name(stream.machine, changeset.stamp)
@@ -96,8 +99,7 @@ class Uploader:
         async with asyncio.TaskGroup() as tasks:
             for segment in changeset.segments:
                 if segment.index not in changeset.uploads.done:
-                    await self._budget.take(segment.size_bytes)
-                    tasks.create_task(self._put_taken(stream, changeset, segment))
+                    await self._begin(tasks, stream, changeset, segment)
 
     async def put_segment(
         self, stream: Stream, changeset: Changeset, segment: Segment, *, over: bool = False
@@ -138,14 +140,30 @@ class Uploader:
         if all(one.whole for one in held_in_order(stream) if one.stamp < changeset.stamp):
             stream.durable_ns = max(stream.durable_ns, changeset.time_ns)
 
-    async def _put_taken(
-        self, stream: Stream, of: Changeset | OpenAttempt, segment: Segment
+    async def _begin(
+        self,
+        tasks: asyncio.TaskGroup,
+        stream: Stream,
+        of: Changeset | OpenAttempt,
+        segment: Segment,
     ) -> None:
-        try:
-            await self._put(stream, of, segment, over=False)
-        finally:
+        """Put a segment in a task, once there is a place for it. The place is given back when the
+        task is over, also one that is cancelled before its first step.
+        """
+
+        def end(_: "asyncio.Task[None]") -> None:
             self._budget.give_back(segment.size_bytes)
-        stream.moved.set()
+            stream.moved.set()
+
+        await self._budget.take(segment.size_bytes)
+        putting = self._put(stream, of, segment, over=False)
+        try:
+            task = tasks.create_task(putting)
+        except RuntimeError:  # the group is ending
+            putting.close()
+            self._budget.give_back(segment.size_bytes)
+            raise
+        task.add_done_callback(end)
 
     async def _put(
         self, stream: Stream, of: Changeset | OpenAttempt, segment: Segment, *, over: bool

@@ -21,11 +21,13 @@ from typing import Literal
 
 from daemon.durable import storage_error, sync_folder
 from replication.errors import ConfigError, IntegrityError, UnavailableError
+from vsphere_emu.processes import has_ended_unreaped
 from vsphere_emu.tool import run_tool, tail, try_tool
 from vsphere_emu.workload import life
 
 START_SECONDS_MAX = 120.0
 STOP_SECONDS_MAX = 20.0
+REAPED_SECONDS_MAX = 10.0
 POLL_SECONDS = 0.05
 STRAY_STEPS = ((signal.SIGQUIT, 10.0), (signal.SIGKILL, 5.0))
 WAL_MEGABYTES_MIN, WAL_MEGABYTES_MAX = 64, 1024
@@ -103,6 +105,7 @@ class Database:
 
         Raises UnavailableError when it ends instead.
         """
+        self._await_reaped()
         _make_socket_folder(self.socket_folder)
         settings = {
             "listen_addresses": "",
@@ -131,6 +134,19 @@ class Database:
             if time.monotonic() > deadline:
                 self.kill()
                 raise UnavailableError(f"PostgreSQL not up after {START_SECONDS_MAX:.0f} s")
+            time.sleep(POLL_SECONDS)
+
+    def _await_reaped(self) -> None:
+        """Of a server whose power was cut just now the number may still be in the table of
+        processes, and PostgreSQL would take it for one that lives.
+        """
+        try:
+            with open(os.path.join(self.folder, "postmaster.pid"), encoding="ascii") as file:
+                pid = int(file.readline())
+        except (OSError, ValueError):
+            return
+        deadline = time.monotonic() + REAPED_SECONDS_MAX
+        while has_ended_unreaped(pid) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
 
     @property

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.mobility import freezer
+from agents.mobility import freeze, freezer
 from agents.mobility.freeze import Freezer, refuse_own, sync_file_systems, thaw_all
 from agents.mobility.mounts import MountedFileSystem
 from replication.errors import CaptureError, ConfigError, StorageError
@@ -257,9 +257,23 @@ def test_look_changes_nothing_and_tells_of_a_thaw(mount: Mount, holder: Freezer)
     holder.freeze([mount.point], LONG)
     assert holder.pid
     os.kill(holder.pid, signal.SIGKILL)
-    assert "is gone" in holder.look()
+    assert "does not answer" in holder.look()
     assert not holder.thaw().held
     assert Writer(mount.point).done.wait(5)
+
+
+def test_an_answer_to_a_look_that_comes_late_is_none_to_the_thaw(
+    ext4: Mount, holder: Freezer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freeze, "REPLY_SECONDS_MAX", 0.2)
+    holder.freeze([ext4.point], LONG)
+    pid = holder.pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    assert "does not answer" in holder.look()
+    threading.Timer(0.1, os.kill, (pid, signal.SIGCONT)).start()
+    assert not holder.thaw().held
+    assert Writer(ext4.point).done.wait(5)
 
 
 def test_thaw_by_someone_else_is_told(ext4: Mount, holder: Freezer) -> None:

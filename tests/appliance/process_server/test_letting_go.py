@@ -26,7 +26,7 @@ from appliance.process_server.uploader import Uploader
 from daemon.service import Health
 from replication.bookmark import Stamp
 from replication.cache_layout import container_name, manifest_name, segment_name
-from replication.errors import StorageError
+from replication.errors import IntegrityError, StorageError
 from replication.watermark import Watermark
 from tests.appliance.process_server.rig import become
 from tests.appliance.process_server.sample import SampleChangeset, make_changeset
@@ -294,3 +294,49 @@ def fill(ballast: Path) -> None:
                 file.write(bytes(4096))
             except OSError:
                 return
+
+
+async def test_damage_takes_no_place_with_it_and_what_was_begun_is_begun_anew(
+    spooled: Spooled, folder: Path
+) -> None:
+    """Else each damaged spool would take a place from all machines, until none is left."""
+    stream = spooled.stream
+    await stream.learn(Ledger(Position()))
+    damaged = make_changeset(stream.machine, Stamp(1, 1), segment_count=4)
+    await spooled.commit(damaged)
+    coming = make_changeset(stream.machine, Stamp(1, 2), segment_count=2)
+    await spooled.place(coming)
+    attempts = stream.attempts.values()
+    for one in attempts:
+        one.uploads.begun = set(one.segments)  # an earlier run had begun them
+    kept = _segments(folder, 1)
+    assert len(kept) == 4
+    for file in kept:
+        file.unlink()
+    with pytest.raises(ExceptionGroup) as raised:
+        await spooled.uploader.run(stream)
+    assert raised.group_contains(IntegrityError)
+    async with asyncio.timeout(5):
+        await spooled.budget.take(1)  # the only place
+    spooled.budget.give_back(1)
+    for file, content in kept.items():
+        file.write_bytes(content)
+    uploading = asyncio.create_task(spooled.uploader.run(stream))
+    try:
+        await become(lambda: uploading.done() or stream.held[damaged.stamp].whole)
+        await become(
+            lambda: uploading.done() or all(len(one.uploads.done) == 2 for one in attempts)
+        )
+        assert not uploading.done(), uploading.exception()
+    finally:
+        uploading.cancel()
+        await asyncio.wait([uploading])
+
+
+def _segments(folder: Path, number: int) -> dict[Path, bytes]:
+    """The files of a changeset's segments in a spool."""
+    return {
+        file: file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and f"{number:012}" in str(file) and "manifest" not in file.name
+    }
