@@ -184,7 +184,7 @@ class MachineApplier:
         """Do what is next; True when there may be more to do at once."""
         moved, warning = False, ""
         try:
-            if self._target.is_applied:
+            if self._target.apply:
                 moved = await self._go_on(store, keeping)
                 if not moved and self._sums is not None:
                     moved = await self._sums.tend()

@@ -14,8 +14,8 @@ class Target:
     data_key:   opens what its agent sends.
     key_source: where the key comes from, for whoever reads that it does not fit.
     apply:      False: what is in the cache stays there.
-    keep:       False: its protection has ended, and its points stay as they are: nothing is
-                applied, and none is ever thinned.
+    keep:       False: its points stay as they are, none is ever thinned: its protection has ended,
+                or it is failed over, and its last changeset may still have to be applied.
     wish:       points that are to be held; None where nobody says it: what is held stays so.
     """
 
@@ -27,7 +27,3 @@ class Target:
     apply: bool = True
     keep: bool = True
     wish: Wish | None = None
-
-    @property
-    def is_applied(self) -> bool:
-        return self.apply and self.keep

@@ -97,7 +97,8 @@ class AppliedMachine(Message):
     """A machine whose changesets an applier applies, and how long it keeps its points.
 
     apply: False: what is in the cache stays there; no new points.
-    keep:  False: none of its points is thinned any more (protection has ended, they are kept).
+    keep:  False: none of its points is thinned any more: protection has ended and they are kept, or
+           the machine is failed over. What comes may still be applied.
     """
 
     id: uuid.UUID
