@@ -10,11 +10,12 @@ from azure_emu.compute import disk, launch
 from azure_emu.compute.boot_sector import HEAD_BYTES, boots_by_itself
 from azure_emu.compute.console import RESULT_BYTES_MAX, asks_for_login, result_of
 from azure_emu.compute.evidence import bound_console, read_end, send_evidence, take_screenshot
+from azure_emu.compute.monitor import Monitor, StreamJob
 from azure_emu.compute.step import STARTS_MAX, Process, Step
 from azure_emu.compute.vm import OWN, RECOVERY, Vm, unreadable
 from daemon.durable import write_whole
 from replication.control.recovery import GuestChoice, VmCheck
-from replication.errors import ReplicationError
+from replication.errors import ReplicationError, StorageError
 
 REST_SECONDS = 5.0
 RETRY_SECONDS = 1.0
@@ -209,19 +210,36 @@ async def forget_boot(vm: Vm) -> None:
 
 
 async def stream(vm: Vm) -> None:
-    """See that the disks are copied while the VM runs, one after the other."""
+    """See that the disks are copied while the VM runs, one after the other.
+
+    Where a copy is, QEMU alone knows: another daemon goes on with it.
+    """
     monitor = vm.running.monitor
     assert monitor is not None
+    for job in await monitor.streams():
+        await _conclude(vm, monitor, job)
     jobs = await monitor.streams()
     dependent = await vm.dependent(look=not jobs)
     if not jobs and dependent:
-        await monitor.start_stream(f"stream-{dependent[0].index}", f"disk{dependent[0].index}")
+        await monitor.start_stream(dependent[0].node)
         jobs = await monitor.streams()
     under_way = sum(job.done_bytes / max(1, job.total_bytes) for job in jobs[:1])
     count = max(1, len(vm.disks))
     vm.share = min(1.0, max(0.0, (count - len(dependent) + min(1.0, under_way)) / count))
     if jobs:
         await vm.pause(STREAM_SECONDS)
+
+
+async def _conclude(vm: Vm, monitor: Monitor, job: StreamJob) -> None:
+    """All is on the disk before its header lets go of the point: QEMU may be killed at any time."""
+    if job.state == "pending":
+        await monitor.flush(job.node)
+        await monitor.finalize(job)
+    elif job.state == "concluded":
+        await monitor.dismiss(job)
+        if job.error:
+            raise StorageError(f"{job.node} is not copied: {job.error}")
+        vm.tell("")
 
 
 async def make_independent(vm: Vm) -> None:

@@ -37,6 +37,11 @@ class Disk:
     source: str
     size_bytes: int
 
+    @property
+    def node(self) -> str:
+        """Its name in QEMU."""
+        return f"disk{self.index}"
+
 
 def disks_of(folder: str, points_folder: str, ordered: Sequence[SourceDisk]) -> list[Disk]:
     """The disks of a VM, whose own folder is ``folder``.
@@ -114,6 +119,12 @@ async def is_independent(disk: Disk) -> bool:
     return "backing-filename" not in json.loads(told)
 
 
+def sync(disk: Disk) -> None:
+    """Have the file and its name outlive a power failure. Raises StorageError."""
+    _sync(disk.path)
+    sync_folder(os.path.dirname(disk.path))
+
+
 async def make_independent(disk: Disk) -> None:
     """Copy what the overlay does not have yet. Nobody uses the disk; ended at any point, it is as
     good as before. Takes as long as it takes; raises StorageError.
@@ -180,12 +191,23 @@ async def read_head(disk: Disk, size: int) -> bytes:
 
 
 def _sync_and_rename(pending: str, path: str) -> None:
+    _sync(pending)
+    _rename(pending, path)
+
+
+def _sync(path: str) -> None:
     try:
-        fd = os.open(pending, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
+    except OSError as error:
+        raise storage_error("sync", path, error) from error
+
+
+def _rename(pending: str, path: str) -> None:
+    try:
         os.rename(pending, path)
     except OSError as error:
         raise storage_error("make", path, error) from error

@@ -98,7 +98,7 @@ def command_line(boot: Boot) -> list[str]:
         command += ["-netdev", f"tap,id=net,ifname={tap},script=no,downscript=no"]
         command += ["-device", f"virtio-net-pci,netdev=net,mac={mac},romfile=,addr=1e"]
     for number, disk in enumerate(boot.disks):
-        name = f"disk{disk.index}"
+        name = disk.node
         file = os.path.basename(disk.path)
         command += [
             *("-blockdev", f"driver=file,node-name=file-{name},filename={file},discard=unmap"),

@@ -19,15 +19,25 @@ from replication.errors import UnavailableError
 
 SOCKET = "qmp.sock"
 CALL_SECONDS_MAX = 30.0
+_STREAM = "stream-"
 
 
 @dataclass(frozen=True, slots=True)
 class StreamJob:
-    """A disk's copy that is under way."""
+    """A disk's copy.
+
+    node:  the disk that it goes into.
+    state: as QEMU names it; ``pending``: all is copied and the disk still has its backing file;
+           ``concluded``: it has ended, and waits to be dismissed.
+    error: why it ended; empty: all went well so far.
+    """
 
     name: str
+    node: str
+    state: str
     done_bytes: int
     total_bytes: int
+    error: str
 
 
 class Monitor:
@@ -80,17 +90,44 @@ class Monitor:
         """Write what the screen shows as PNG."""
         await self._ask("screendump", {"filename": path, "format": "png"})
 
-    async def start_stream(self, name: str, node: str) -> None:
-        """Begin to copy into ``node`` what is only below it."""
-        await self._ask("block-stream", {"job-id": name, "device": node})
+    async def start_stream(self, node: str) -> None:
+        """Begin to copy into ``node`` what is only below it. The job waits before it lets go of the
+        backing file, and again after that.
+        """
+        waits = {"auto-finalize": False, "auto-dismiss": False}
+        await self._ask("block-stream", {"job-id": _STREAM + node, "device": node, **waits})
 
     async def streams(self) -> list[StreamJob]:
-        jobs = await self._ask("query-block-jobs")
+        jobs = await self._ask("query-jobs")
         return [
-            StreamJob(job["device"], job["offset"], job["len"])
+            StreamJob(
+                name=job["id"],
+                node=job["id"].removeprefix(_STREAM),
+                state=job["status"],
+                done_bytes=job["current-progress"],
+                total_bytes=job["total-progress"],
+                error=job.get("error", ""),
+            )
             for job in jobs
             if job["type"] == "stream"
         ]
+
+    async def finalize(self, job: StreamJob) -> None:
+        """Have a pending copy let go of the backing file: the header of the image says so at once.
+
+        QEMU does not write the tables that are dirty in its memory before it: `flush` does.
+        """
+        await self._ask("job-finalize", {"id": job.name})
+
+    async def dismiss(self, job: StreamJob) -> None:
+        """Forget a copy that has concluded."""
+        await self._ask("job-dismiss", {"id": job.name})
+
+    async def flush(self, node: str) -> None:
+        """Have all that QEMU holds of a disk, tables too, written and synced."""
+        said = await self._ask("human-monitor-command", {"command-line": f"qemu-io {node} flush"})
+        if said.strip():
+            raise UnavailableError(f"QEMU does not flush {node}: {said.strip()}")
 
     async def _ask(self, command: str, arguments: dict[str, object] | None = None) -> Any:
         try:

@@ -11,7 +11,7 @@ import structlog
 
 from azure_emu.compute.admission import Admission
 from azure_emu.compute.config import ComputeConfig
-from azure_emu.compute.disk import Disk, disks_of, is_independent, source_readable
+from azure_emu.compute.disk import Disk, disks_of, is_independent, source_readable, sync
 from azure_emu.compute.evidence import PutEvidence
 from azure_emu.compute.launch import PROCESS_BYTES, memory_of
 from azure_emu.compute.network import Networks
@@ -101,15 +101,27 @@ class Vm:
     async def dependent(self, *, look: bool = False) -> list[Disk]:
         """The disks that still need their points, as was last looked: it takes a process each.
 
-        A disk that stands alone never needs its point again.
+        A disk that stands alone never needs its point again: it counts as such once all of it is
+        synced. Raises StorageError, UnavailableError.
         """
         disks = self.disks
         if look or not self._looked:
             for disk in disks:
-                if disk.index not in self._alone and await is_independent(disk):
+                if disk.index not in self._alone and await self._stands_alone(disk):
                     self._alone.add(disk.index)
             self._looked = True
         return [disk for disk in disks if disk.index not in self._alone]
+
+    async def _stands_alone(self, disk: Disk) -> bool:
+        if not await is_independent(disk):
+            return False
+        monitor = self.running.monitor
+        if monitor is not None:
+            await monitor.flush(disk.node)
+        elif self.running.id is not None:
+            return False  # it is silent, and holds what nobody knows
+        await asyncio.to_thread(sync, disk)
+        return True
 
 
 async def unreadable(disks: list[Disk]) -> str:

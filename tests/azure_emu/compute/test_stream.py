@@ -1,0 +1,50 @@
+"""Disks copied while their VM runs: once one is said to stand alone, nothing can take that back."""
+
+# ruff: noqa: ASYNC221 - nothing else runs on this loop
+
+import asyncio
+import random
+import subprocess
+
+import pytest
+
+from azure_emu.compute.monitor import Monitor
+from azure_emu.compute.process import kill
+from replication.control.recovery import VmPower, VmState
+from tests.azure_emu.compute.site import MIB, SECONDS_MAX, Place, running
+from tests.azure_emu.compute.test_node import own_disk
+
+pytestmark = pytest.mark.timeout(900)
+"""Emulated guests beside other tests take their time."""
+
+
+async def test_a_copied_disk_has_all_of_its_point_when_qemu_is_killed(place: Place) -> None:
+    disks = [own_disk(place, b"\r\nweb-01 login: "), place.point("disk1", 64 * MIB)]
+    with (place.points / "disk1").open("r+b") as file:
+        file.write(random.Random(1).randbytes(24 * MIB))
+    order = place.order(*disks, power=VmPower.ON)
+    async with running(place) as site:
+        await site.order(order)
+        await site.until(order.id, lambda one: one.state is VmState.UP)
+        await site.until(order.id, lambda _: len(site.evidence) == 2)
+
+    # The daemon is away when a copy has come to its end.
+    monitor = await Monitor.connect(str(place.vm_folder(order.id)))
+    await monitor.start_stream("disk1")
+    async with asyncio.timeout(SECONDS_MAX):
+        while (await monitor.streams())[0].state != "pending":  # noqa: ASYNC110 - QEMU
+            await asyncio.sleep(0.02)
+    await monitor.close()
+
+    async with running(place) as site:
+        await site.order(order.model_copy(update={"independent": True}))
+        await site.until(order.id, lambda one: one.independent)
+        (process,) = place.processes(order.id)
+        await kill(process)
+    for disk in disks:
+        image = place.vm_folder(order.id) / f"{disk.source}.qcow2"
+        told = subprocess.run(["qemu-img", "info", "-U", image], check=True, capture_output=True)
+        assert b"backing file" not in told.stdout
+        point = place.points / disk.source
+        compare = ["qemu-img", "compare", "-U", "-f", "qcow2", "-F", "raw"]
+        subprocess.run([*compare, image, point], check=True, capture_output=True)
