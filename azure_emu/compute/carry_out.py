@@ -221,6 +221,7 @@ async def stream(vm: Vm) -> None:
     jobs = await monitor.streams()
     dependent = await vm.dependent(look=not jobs)
     if not jobs and dependent:
+        await disk.refuse_snapshots(dependent[0])
         await monitor.start_stream(dependent[0].node)
         jobs = await monitor.streams()
     under_way = sum(job.done_bytes / max(1, job.total_bytes) for job in jobs[:1])
@@ -253,6 +254,7 @@ async def make_independent(vm: Vm) -> None:
         await asyncio.wait({copying, news}, return_when=asyncio.FIRST_COMPLETED)
         if copying.done():
             copying.result()
+            vm.tell("")
     finally:
         for task in (copying, news):
             task.cancel()

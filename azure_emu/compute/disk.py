@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from azure_emu.compute.tool import run_tool, try_tool
 from daemon.durable import make_folder, storage_error, sync_folder
@@ -115,8 +116,24 @@ def source_readable(disk: Disk) -> None:
 
 async def is_independent(disk: Disk) -> bool:
     """Whether the disk stands alone; also of one that is in use. Raises StorageError."""
-    told = await run_tool("qemu-img", "info", "-U", "--output=json", disk.path)
-    return "backing-filename" not in json.loads(told)
+    return "backing-filename" not in await _info(disk)
+
+
+async def refuse_snapshots(disk: Disk) -> None:
+    """Raises StorageError for a disk with snapshots: what they stand on would stay with the point,
+    and nobody copies it.
+    """
+    if (await _info(disk)).get("snapshots"):
+        raise StorageError(
+            f"{disk.path} keeps snapshots and cannot be made to stand alone",
+            hint="delete them: understudy-compute disk delete-snapshot, VM switched off",
+        )
+
+
+async def _info(disk: Disk) -> dict[str, Any]:
+    told = json.loads(await run_tool("qemu-img", "info", "-U", "--output=json", disk.path))
+    assert isinstance(told, dict)
+    return told
 
 
 def sync(disk: Disk) -> None:
@@ -126,17 +143,34 @@ def sync(disk: Disk) -> None:
 
 
 async def make_independent(disk: Disk) -> None:
-    """Copy what the overlay does not have yet. Nobody uses the disk; ended at any point, it is as
-    good as before. Takes as long as it takes; raises StorageError.
+    """Copy the disk, and put the copy in its place. Nobody uses the disk; ended at any point, it is
+    as before, or copied. The copy needs room beside the disk for as long as both are there, and
+    takes as long as it takes. Raises StorageError, also for a disk with snapshots.
     """
-    command = ["qemu-img", "rebase", "-f", "qcow2", "-F", "raw", "-b", "", disk.path]
-    await run_tool(*command, seconds_max=None)
+    await refuse_snapshots(disk)
+    pending = disk.path + _PENDING
+    _unlink(pending)
+    command = ["qemu-img", "convert", "-q", "-f", "qcow2", "-O", "qcow2", "-o", OPTIONS]
+    try:
+        await run_tool(*command, disk.path, pending, seconds_max=None)
+        await asyncio.to_thread(_sync, pending)
+        _rename(pending, disk.path)  # here, as a thread would go on when this is cancelled
+    finally:
+        _unlink(pending)
+    await asyncio.to_thread(sync, disk)
 
 
 async def snapshot(disk: Disk, name: str) -> None:
-    """Keep how the disk is now under a name. Raises ConflictError while a VM has it."""
+    """Keep how the disk is now under a name. Raises ConflictError while a VM has it, or while it
+    stands on its point: the point may go, and takes with it what the snapshot needs.
+    """
     if not name or len(name) > SNAPSHOT_NAME_CHARACTERS_MAX or name.startswith("-"):
         raise InputError(f"{name!r} is no name for a snapshot")
+    if not await is_independent(disk):
+        raise ConflictError(
+            f"{disk.path} still stands on its point",
+            hint="order the VM's disks to stand alone first",
+        )
     await _unused(disk, "qemu-img", "snapshot", "-q", "-c", name, disk.path)
 
 

@@ -1,4 +1,5 @@
 # ruff: noqa: ASYNC220, ASYNC221, ASYNC240 - nothing else runs on this loop
+import asyncio
 import json
 import subprocess
 from pathlib import Path
@@ -91,13 +92,12 @@ def test_an_index_twice_is_refused(tmp_path: Path) -> None:
         disks_of(str(tmp_path), str(tmp_path / "points"), [ordered, ordered])
 
 
-async def test_a_disk_that_is_written_to_is_exported_kept_and_made_to_stand_alone(
+async def test_a_disk_that_is_written_to_is_exported_made_to_stand_alone_and_kept(
     tmp_path: Path,
 ) -> None:
     made = source(tmp_path, 3 * (1 << 20) + 512)
     await disk.make_disks([made])
     write = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 4k", made.path]
-    await disk.snapshot(made, "before")
     subprocess.run(write, check=True, capture_output=True)
     target = tmp_path / "out.raw"
     await disk.export(made, str(target))
@@ -108,19 +108,53 @@ async def test_a_disk_that_is_written_to_is_exported_kept_and_made_to_stand_alon
     assert Path(made.source).read_bytes()[1 << 20 : (1 << 20) + 4096] == b"\0" * 4096
     with pytest.raises(InputError, match="is there already"):
         await disk.export(made, str(target))
-    await disk.delete_snapshot(made, "before")
-    with pytest.raises(StorageError):
-        await disk.delete_snapshot(made, "before")
-    with pytest.raises(InputError):
-        await disk.snapshot(made, "-d")
 
     assert not await disk.is_independent(made)
+    with pytest.raises(ConflictError, match="stands on its point"):
+        await disk.snapshot(made, "before")
+    Path(made.path + ".new").write_bytes(b"half of a disk")
     await disk.make_independent(made)
     assert await disk.is_independent(made)
+    assert not Path(made.path + ".new").exists()
     Path(made.source).unlink()
     again = tmp_path / "again.raw"
     await disk.export(made, str(again))
     assert again.read_bytes() == content
+
+    await disk.snapshot(made, "before")
+    with pytest.raises(InputError):
+        await disk.snapshot(made, "-d")
+    await disk.delete_snapshot(made, "before")
+    with pytest.raises(StorageError):
+        await disk.delete_snapshot(made, "before")
+
+
+async def test_a_disk_with_snapshots_keeps_its_point(tmp_path: Path) -> None:
+    made = source(tmp_path, 1 << 20)
+    await disk.make_disks([made])
+    keep = ["qemu-img", "snapshot", "-c", "before", made.path]
+    subprocess.run(keep, check=True, capture_output=True)
+    with pytest.raises(StorageError, match="keeps snapshots"):
+        await disk.make_independent(made)
+    assert not await disk.is_independent(made)
+
+
+async def test_a_copy_that_is_ended_in_the_middle_leaves_the_disk_as_it_was(tmp_path: Path) -> None:
+    made = source(tmp_path, 256 << 20)
+    Path(made.source).write_bytes(b"x" * made.size_bytes)
+    await disk.make_disks([made])
+    before = Path(made.path).read_bytes()
+    copying = asyncio.create_task(disk.make_independent(made))
+    async with asyncio.timeout(60):
+        while not Path(made.path + ".new").exists():  # noqa: ASYNC110 - a file tells nobody
+            await asyncio.sleep(0.001)
+    copying.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await copying
+    assert Path(made.path).read_bytes() == before
+    await disk.make_independent(made)
+    compare = ["qemu-img", "compare", "-f", "qcow2", "-F", "raw", made.path, made.source]
+    subprocess.run(compare, check=True, capture_output=True)
 
 
 async def test_a_disk_in_use_is_not_exported(tmp_path: Path) -> None:
