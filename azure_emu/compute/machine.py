@@ -13,8 +13,14 @@ from azure_emu.compute.record import VmFolder, VmRecord
 from azure_emu.compute.step import Process, Seen, Step, Wanted, next_step, state_of
 from azure_emu.compute.vm import OWN, RECOVERY, Site, Vm, unreadable
 from daemon.troubles import clipped
-from replication.control.recovery import VirtualMachineOrder, VmReport, VmState
-from replication.errors import ConflictError, InputError, LimitError, ReplicationError
+from replication.control.recovery import VirtualMachineOrder, VmPower, VmReport, VmState
+from replication.errors import (
+    ConflictError,
+    InputError,
+    LimitError,
+    ReplicationError,
+    UnavailableError,
+)
 
 GRACE_SECONDS = 30.0
 """So much longer than the check may take the recovery guest's result is waited for: it keeps the
@@ -109,7 +115,12 @@ class Machine:
 
     async def _look(self) -> Seen:
         vm, record = self._vm, self.record
-        process = await vm.running.look()
+        try:
+            process = await vm.running.look()
+        except UnavailableError:
+            if self.wanted.power is VmPower.ON and not record.removing:
+                raise
+            process = Process.STUCK  # it shall end anyway: nobody waits for its monitor
         self._count(process)
         dependent = []
         if record.disks_ready_ns and not record.removing:

@@ -33,7 +33,8 @@ class Step(Enum):
 class Process(Enum):
     """How the VM's process is. HALTED: its guest has switched itself off, or ended.
 
-    STUCK: its CPUs were stopped by an error of a disk, or of the accelerator.
+    STUCK: its CPUs were stopped by an error of a disk, or of the accelerator; or its monitor is
+           silent and the process is to end.
     FULL: they were stopped because a write found no room.
     """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from azure_emu.compute import carry_out
+from azure_emu.compute import carry_out, monitor
 from azure_emu.compute.launch import CONSOLE
 from azure_emu.compute.record import VmRecord
 from replication.control.recovery import (
@@ -216,6 +216,27 @@ async def test_a_guest_that_is_silent_fails_in_time_and_says_so(place: Place) ->
         assert report.up_ns == 0
         await site.until(order.id, lambda _: len(site.evidence) == 2)
         assert b"panic" in site.evidence[order.id, EvidenceKind.CONSOLE]
+
+
+@pytest.mark.parametrize("removed", [False, True])
+async def test_a_process_whose_monitor_is_silent_is_ended(
+    place: Place, monkeypatch: pytest.MonkeyPatch, *, removed: bool
+) -> None:
+    order = place.order(own_disk(place, b"\r\nweb-01 login: "), power=VmPower.ON)
+    async with running(place) as site:
+        await site.order(order)
+        await site.until(order.id, lambda one: one.state is VmState.UP)
+        await site.until(order.id, lambda _: len(site.evidence) == 2)
+        monkeypatch.setattr(monitor, "CALL_SECONDS_MAX", 0.5)
+        (process,) = place.processes(order.id)
+        subprocess.run(["kill", "-STOP", str(process)], check=True)
+        if removed:
+            await site.order(removed=(order.id,))
+            await site.until_removed(order.id)
+        else:
+            await site.order(order.model_copy(update={"power": VmPower.OFF}))
+            await site.until(order.id, lambda one: one.state is VmState.STOPPED)
+        assert place.processes(order.id) == []
 
 
 async def test_an_answer_that_came_while_nobody_looked_counts(place: Place) -> None:
