@@ -157,6 +157,9 @@ async def fail(vm: Vm, reason: str) -> None:
 
 
 async def kill(vm: Vm) -> None:
+    """End it; what its screen shows is kept before, if it is still to be sent."""
+    if vm.record.evidence_due:
+        await take_screenshot(vm.folder.path, vm.running.monitor)
     vm.log("its process is ended")
     await vm.running.end()
 

@@ -89,6 +89,8 @@ class Wanted:
 def next_step(seen: Seen, wanted: Wanted) -> Step:
     """The one step that comes next."""
     if wanted.removed:
+        if seen.process is not Process.NONE:
+            return Step.KILL
         return Step.SEND_EVIDENCE if seen.evidence_due else Step.REMOVE
     if not seen.disks:
         return Step.REST if seen.failed else Step.MAKE_DISKS
