@@ -112,7 +112,14 @@ def _boot_line(vm: Vm) -> bytes:
 async def read_console(vm: Vm) -> None:
     """Look for the guest's answer; wait a moment if there is none."""
     if not _take_answer(vm):
+        await _bound_console(vm)
         await vm.pause(CONSOLE_SECONDS)
+
+
+async def _bound_console(vm: Vm) -> None:
+    """A guest writes there as long and as fast as it likes."""
+    with contextlib.suppress(OSError):
+        await asyncio.to_thread(bound_console, vm.folder.file(launch.CONSOLE))
 
 
 def _take_answer(vm: Vm) -> bool:
@@ -219,6 +226,7 @@ async def stream(vm: Vm) -> None:
     """
     monitor = vm.running.monitor
     assert monitor is not None
+    await _bound_console(vm)
     for job in await monitor.streams():
         await _conclude(vm, monitor, job)
     jobs = await monitor.streams()
@@ -278,8 +286,7 @@ async def remove(vm: Vm) -> None:
 
 async def rest(vm: Vm) -> None:
     if vm.record.disks_ready_ns:
-        with contextlib.suppress(OSError):
-            await asyncio.to_thread(bound_console, vm.folder.file(launch.CONSOLE))
+        await _bound_console(vm)
     await vm.pause(REST_SECONDS)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from azure_emu.compute import carry_out, monitor
+from azure_emu.compute import carry_out, evidence, monitor
 from azure_emu.compute.launch import CONSOLE
 from azure_emu.compute.record import VmRecord
 from replication.control.recovery import (
@@ -237,6 +237,24 @@ async def test_a_process_whose_monitor_is_silent_is_ended(
             await site.order(order.model_copy(update={"power": VmPower.OFF}))
             await site.until(order.id, lambda one: one.state is VmState.STOPPED)
         assert place.processes(order.id) == []
+
+
+async def test_a_console_is_bounded_while_the_guest_has_not_answered(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence, "CONSOLE_BYTES_MAX", 1 << 10)
+    monkeypatch.setattr(evidence, "EVIDENCE_BYTES_MAX", 1 << 9)
+    order = place.order(own_disk(place, b"\r\nno prompt"), power=VmPower.ON)
+    async with running(place) as site:
+        await site.order(order)
+        await site.until(order.id, lambda _: bool(place.processes(order.id)))
+        console = place.vm_folder(order.id) / CONSOLE
+        with console.open("ab") as file:
+            file.write(b"x" * (1 << 20))
+        await until(lambda: console.stat().st_size < 1 << 10)
+        report = await site.report(order.id)
+        assert report is not None
+        assert report.check is None
 
 
 async def test_an_answer_that_came_while_nobody_looked_counts(place: Place) -> None:
