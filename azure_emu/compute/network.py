@@ -33,7 +33,8 @@ from replication.errors import ConflictError, StorageError
 
 BRIDGE = "br0"
 SLUG_CHARACTERS_MAX = 20
-NETWORK_SLUG_CHARACTERS = SLUG_CHARACTERS_MAX + 9
+DIGEST_CHARACTERS = 32
+NETWORK_SLUG_CHARACTERS = SLUG_CHARACTERS_MAX + 1 + DIGEST_CHARACTERS
 RECORD = "network.json"
 NAMESPACES = "/run/netns"
 LEASE_SECONDS = 3600
@@ -89,12 +90,13 @@ class Networks:
     async def attach(self, vm: uuid.UUID, name: str, *, isolated: bool) -> Attachment:
         """Make the network if it is missing, and the VM's tap in it.
 
-        Raises ConflictError for a network that is isolated otherwise, LimitError without room,
-        StorageError.
+        Raises ConflictError for a network that is isolated otherwise, or whose slug another one
+        has; LimitError without room, StorageError.
         """
         async with self._lock:
             network = self._networks.get(name)
             if network is None:
+                self._refuse_shared_slug(name)
                 taken = [other.subnet for other in self._networks.values()]
                 subnet = free_network(self._config.addresses, self._config.prefix, taken)
                 network = Network(name, self._namespace(name), isolated, subnet, {})
@@ -139,6 +141,17 @@ class Networks:
         """Where a VM is, if it is in that network."""
         network = self._networks.get(name)
         return network.attachment(vm) if network is not None and vm in network.vms else None
+
+    def _refuse_shared_slug(self, name: str) -> None:
+        """Two networks in one namespace would reach each other."""
+        for other in self._networks.values():
+            if self._namespace(name) == other.namespace or self._place(name) == self._place(
+                other.name
+            ):
+                raise ConflictError(
+                    f"network {name} would share a namespace with {other.name}",
+                    hint="choose another name",
+                )
 
     def _place(self, name: str) -> str:
         return os.path.join(self._folder, slug_of(name))
@@ -247,9 +260,9 @@ class Networks:
 
 
 def slug_of(name: str) -> str:
-    """A name of letters, digits and hyphens that no other network has."""
+    """A name of letters, digits and hyphens; that two names have the same is next to impossible."""
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:SLUG_CHARACTERS_MAX]
-    return f"{plain or 'net'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{plain or 'net'}-{hashlib.sha256(name.encode()).hexdigest()[:DIGEST_CHARACTERS]}"
 
 
 def _exists(namespace: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from azure_emu.compute import network
 from azure_emu.compute.config import NetworkConfig
 from azure_emu.compute.network import NETWORK_SLUG_CHARACTERS, Networks, slug_of
 from azure_emu.compute.process import find_processes, has_argument
@@ -113,3 +114,17 @@ def test_a_name_becomes_one_that_a_namespace_may_have(name: str) -> None:
 
 def test_names_that_look_alike_are_two_networks() -> None:
     assert len({slug_of(name) for name in ("A-B", "a-b", "a b", "a  b")}) == 4
+
+
+async def test_a_network_whose_slug_another_one_has_is_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = networks(place, dhcp=False)
+    first, second = uuid.uuid4(), uuid.uuid4()
+    monkeypatch.setattr(network, "slug_of", lambda _: "same")
+    await made.attach(first, "a", isolated=True)
+    with pytest.raises(ConflictError, match="share a namespace with a"):
+        await made.attach(second, "b", isolated=True)
+    await made.attach(second, "a", isolated=True)
+    await made.remove_unused(set())
+    assert place.left_namespaces() == []
