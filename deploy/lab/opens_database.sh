@@ -4,7 +4,11 @@ set -e
 data=/mnt/disk0/postgresql wal=/mnt/disk1/wal
 [ -f "$data/PG_VERSION" ] || { echo "disk 0 holds no database"; exit 2; }
 [ -d "$wal" ] || { echo "disk 1 holds no write-ahead log"; exit 2; }
-programs=/usr/lib/postgresql/$(cat "$data/PG_VERSION")/bin
+version=$(head -c 16 "$data/PG_VERSION")
+case $version in
+'' | *[!0-9]*) echo "disk 0 tells no version of PostgreSQL"; exit 2 ;;
+esac
+programs=/usr/lib/postgresql/$version/bin
 owner=$(stat -c %u "$data") group=$(stat -c %g "$data")
 
 rm -f "$data/pg_wal" "$data/postmaster.pid" # the link leads to a mount of the source

@@ -49,3 +49,14 @@ async def test_postgresql_recovers_in_the_guest_and_its_sums_agree(place: Place)
         assert report.check is not None
         assert report.check.passed, report.check
         assert "100 transactions" in report.check.output
+
+
+@pytest.mark.parametrize("version", ["../../../mnt/disk0/evil", "15/../x", "", "15 16", "x"])
+def test_a_version_that_is_no_number_leads_nowhere(tmp_path: Path, version: str) -> None:
+    data, wal = tmp_path / "disk0" / "postgresql", tmp_path / "disk1" / "wal"
+    for folder in (data, wal):
+        folder.mkdir(parents=True)
+    (data / "PG_VERSION").write_text(version + "\n")
+    script = SCRIPT.read_text().replace("/mnt/", f"{tmp_path}/")
+    ended = subprocess.run(["sh", "-c", script], check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "disk 0 tells no version of PostgreSQL\n")
