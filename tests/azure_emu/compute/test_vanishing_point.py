@@ -2,6 +2,7 @@
 
 # ruff: noqa: ASYNC221 - nothing else runs on this loop
 
+import shutil
 import subprocess
 import sys
 import time
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from azure_emu.compute.carry_out import RETRY_SECONDS
 from azure_emu.compute.evidence import read_end
 from azure_emu.compute.launch import CONSOLE
+from azure_emu.compute.monitor import Monitor
 from replication.control.recovery import VmPower, VmState
 from tests.azure_emu.compute.site import MIB, Place, running
+from tests.azure_emu.compute.test_node import own_disk
 
 pytestmark = pytest.mark.timeout(900)
 """Emulated guests beside other tests take their time."""
@@ -94,5 +98,34 @@ async def test_a_point_that_vanishes_is_a_power_failure_and_no_more(
         assert report.check.passed, report
         assert report.check.output == "the overlay is kept"
         assert place.processes(order.id) not in ([], [process])
+        await site.order(removed=(order.id,))
+        await site.until_removed(order.id)
+
+
+async def test_a_copy_that_fails_is_told_and_tried_again_in_peace(
+    place: Place, mount: Mount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Place(place.folder / "other")
+    disk = own_disk(source, b"\r\nweb-01 login: ")
+    shutil.copy(source.points / "disk0", place.folder / "source" / "disk0")
+    mount.appear()
+    begun: list[float] = []
+    begin = Monitor.start_stream
+
+    async def counted(monitor: Monitor, node: str) -> None:
+        begun.append(time.monotonic())
+        await begin(monitor, node)
+
+    monkeypatch.setattr(Monitor, "start_stream", counted)
+    order = place.order(disk, power=VmPower.ON)
+    async with running(place) as site:
+        await site.order(order)
+        await site.until(order.id, lambda one: one.state is VmState.UP)
+        mount.vanish()
+        await site.order(order.model_copy(update={"independent": True}))
+        report = await site.until(order.id, lambda one: "disk0 is not copied" in one.reason)
+        assert not report.independent
+        await site.until(order.id, lambda _: len(begun) >= 3)
+        assert begun[-1] - begun[0] > (len(begun) - 1) * RETRY_SECONDS
         await site.order(removed=(order.id,))
         await site.until_removed(order.id)
