@@ -245,7 +245,10 @@ async def stream(vm: Vm) -> None:
 async def _conclude(vm: Vm, monitor: Monitor, job: StreamJob) -> None:
     """All is on the disk before its header lets go of the point: QEMU may be killed at any time."""
     if job.state == "pending":
-        await monitor.flush(job.node)
+        await monitor.flush(job.node)  # which does not tell whether it could
+        for each in vm.disks:
+            if each.node == job.node and await disk.needs_source(each):
+                raise StorageError(f"{each.path} cannot be flushed: is there room for it?")
         await monitor.finalize(job)
     elif job.state == "concluded":
         await monitor.dismiss(job)

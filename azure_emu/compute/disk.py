@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from azure_emu.compute.tool import run_tool, try_tool
+from azure_emu.compute.tool import any_line, run_tool, try_tool
 from daemon.durable import make_folder, storage_error, sync_folder
 from replication.control.recovery import SourceDisk
 from replication.errors import ConflictError, InputError, StorageError
@@ -117,6 +117,18 @@ def source_readable(disk: Disk) -> None:
 async def is_independent(disk: Disk) -> bool:
     """Whether the disk stands alone; also of one that is in use. Raises StorageError."""
     return "backing-filename" not in await _info(disk)
+
+
+async def needs_source(disk: Disk) -> bool:
+    """Whether the tables in the file, as they are now, leave data to the point; also of a disk that
+    is in use. Raises StorageError.
+    """
+    command = ["qemu-img", "map", "-U", "-f", "qcow2", "--output=json", disk.path]
+    return await any_line(command, _left_to_source)
+
+
+def _left_to_source(line: bytes) -> bool:
+    return b'"depth"' in line and b'"depth": 0,' not in line and b'"data": true' in line
 
 
 async def refuse_snapshots(disk: Disk) -> None:

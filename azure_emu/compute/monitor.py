@@ -124,7 +124,9 @@ class Monitor:
         await self._ask("job-dismiss", {"id": job.name})
 
     async def flush(self, node: str) -> None:
-        """Have all that QEMU holds of a disk, tables too, written and synced."""
+        """Have all that QEMU holds of a disk, tables too, written and synced. It does not tell when
+        a write fails.
+        """
         said = await self._ask("human-monitor-command", {"command-line": f"qemu-io {node} flush"})
         if said.strip():
             raise UnavailableError(f"QEMU does not flush {node}: {said.strip()}")

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from replication.errors import ConfigError, StorageError, UnavailableError
 
@@ -49,6 +49,33 @@ async def try_tool(
             await process.wait()
     assert process.returncode is not None
     return process.returncode, out, err
+
+
+async def any_line(command: Sequence[str], holds: Callable[[bytes], bool]) -> bool:
+    """Whether that holds of a line that the program says, however many these are.
+
+    Raises StorageError when it fails.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *dying_with_us(command),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            if holds(line):
+                return True
+        code = await process.wait()
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if code != 0:
+        raise StorageError(f"{' '.join(command[:3])} … failed with exit code {code}")
+    return False
 
 
 def dying_with_us(command: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+from azure_emu.compute.disk import disks_of, needs_source
 from azure_emu.compute.monitor import Monitor
 from azure_emu.compute.process import kill
 from replication.control.recovery import VmPower, VmState
@@ -35,6 +36,8 @@ async def test_a_copied_disk_has_all_of_its_point_when_qemu_is_killed(place: Pla
         while (await monitor.streams())[0].state != "pending":  # noqa: ASYNC110 - QEMU
             await asyncio.sleep(0.02)
     await monitor.close()
+    (copied,) = disks_of(str(place.vm_folder(order.id)), str(place.points), disks[1:])
+    assert await needs_source(copied)  # its tables are in QEMU's memory alone
 
     async with running(place) as site:
         await site.order(order.model_copy(update={"independent": True}))
