@@ -272,7 +272,7 @@ class ControlClient(Generic[A]):
             self._report_wanted.clear()
             report = await provider()
             try:
-                await self._send_report(report)
+                await self.tell(report)
             except ReplicationError as error:
                 self._trouble("report", error)
                 await self._back_off(failures)
@@ -287,7 +287,8 @@ class ControlClient(Generic[A]):
                 async with asyncio.timeout(period):
                     await self._report_wanted.wait()
 
-    async def _send_report(self, report: AnyReport) -> None:
+    async def tell(self, report: AnyReport) -> None:
+        """Send a report now; `run` does so by itself. Raises as ``data_key`` for the network."""
         size = len(report.model_dump_json())
         if size > REPORT_BYTES_MAX:
             raise PeerError(f"a report of {size} bytes is not sent, {REPORT_BYTES_MAX} are allowed")

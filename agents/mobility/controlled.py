@@ -7,6 +7,7 @@ where the old one was: trackers are pinned, and the state is on disk. Only an as
 """
 
 import asyncio
+import contextlib
 import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ RETRY_SECONDS_MAX = 30.0
 STEADY_SECONDS = 60.0
 """A run that lasted so long was well begun: the next failure is a new one."""
 
+ANNOUNCE_SECONDS_MAX = 2.0
 HEALTH_PART = "replication"
 
 
@@ -106,8 +108,9 @@ class ControlledAgent:
         def on_change() -> None:  # from whichever thread found it
             loop.call_soon_threadsafe(client.report_now)
 
+        self._report_soon = on_change
         folder = machine_folder(config.state_folder, client.identity.node)
-        self._final = FinalBook(folder, on_change)
+        self._final = FinalBook(folder, on_change, self._announce)
         self._host = read_host(config.control.bios_uuid)
         self._load = LoadMeter()
         self._started_ns = time.time_ns()
@@ -264,12 +267,7 @@ class ControlledAgent:
         position = running.state.position
         if status.phase is Phase.IDLE and position.generation and position.stage is None:
             status.enter(Phase.REPLICATING if position.seeded else Phase.INITIAL)
-        loop = asyncio.get_running_loop()
-
-        def on_phase() -> None:  # from whichever thread found it
-            loop.call_soon_threadsafe(self._client.report_now)
-
-        status.on_phase = on_phase
+        status.on_phase = self._report_soon
         self._running = running
         self._measures.status = self._status = status
         self._recover()
@@ -326,6 +324,12 @@ class ControlledAgent:
             final=await self._final_told(),  # last: it is as of now
         )
         return machine_report(situation, self._service.health)
+
+    async def _announce(self) -> None:
+        """Report at once, also when the service stops."""
+        with contextlib.suppress(ReplicationError, TimeoutError):
+            async with asyncio.timeout(ANNOUNCE_SECONDS_MAX):
+                await self._client.tell(await self.report())
 
     async def _final_told(self) -> FinalTold:
         """Nothing of an order that is not the one of the assignment which the report names."""

@@ -9,7 +9,7 @@ Source: docs/RECOVERY.md §4, docs/CONTROL.md §4.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,11 +54,18 @@ class FinalBook:
     """The order that is wanted, and what came of the newest one; the latter is kept in ``folder``.
 
     on_change: called when there is something else to tell.
+    announce:  tells it at once, or gives up soon.
     """
 
-    def __init__(self, folder: str, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        folder: str,
+        on_change: Callable[[], None],
+        announce: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._path = os.path.join(folder, FINAL_FILE)
         self._on_change = on_change
+        self._announce = announce
         self._wanted: FinalOrder | None = None
         self._settled, self._reason = _read(self._path)
         self._held: tuple[Stamp, Proof] | None = None
@@ -101,6 +108,15 @@ class FinalBook:
         """The order that was begun is carried out and holds for as long as ``proof`` says so."""
         self._held = (stamp, proof)
         self._on_change()
+
+    def repeat(self) -> None:
+        """What is told is to be told once more: who waits for it counts on hearing it often."""
+        self._on_change()
+
+    async def announce(self) -> None:
+        """Tell what is the case now, before what follows from it is done."""
+        if self._announce is not None:
+            await self._announce()
 
     def fail(self, number: int, reason: str) -> None:
         """The order could not be carried out, or does not hold any more."""

@@ -8,6 +8,7 @@ again by the replicator; all else settles the order, with the reason.
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
@@ -27,6 +28,9 @@ from replication.stream import StreamState
 
 LOOK_SECONDS = 0.25
 """Between two looks whether it still holds, and is still wanted."""
+
+TELL_SECONDS = 1.0
+"""While it holds, the config server is told so as often: it goes by no old word."""
 
 POLL_SECONDS = 2.0
 PART = "final changeset"
@@ -99,7 +103,13 @@ class Finale:
             reason = ENDED if self._service.stop.is_set() else str(error)
         finally:
             self._service.health.report(PART)
-            await self._let_go(reason)
+            try:
+                if reason == ENDED and self._held is not None:
+                    # Soon nothing is told any more: so before anything is written again.
+                    await self._fail(order, reason)
+                    await self._book.announce()
+            finally:
+                await self._let_go(reason)
             if reason:
                 await self._fail(order, reason)
         return None
@@ -181,8 +191,12 @@ class Finale:
         """Hold it; why that has ended, empty where it holds for good: the disks are gone."""
         polling = asyncio.create_task(self._await_loss(stamp), name="final poll")
         stopping = asyncio.create_task(self._service.stop.wait(), name="final stop")
+        told_at = time.monotonic()
         try:
             while True:
+                if time.monotonic() - told_at >= TELL_SECONDS:
+                    told_at = time.monotonic()
+                    self._book.repeat()
                 await asyncio.wait(
                     {polling, stopping}, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED
                 )

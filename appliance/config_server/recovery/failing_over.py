@@ -6,16 +6,13 @@ an order, a time.
 Source: docs/RECOVERY.md §4.
 """
 
-import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-
-import structlog
 
 from appliance.config_server.nodes.assignments import FINAL_SECONDS_MAX
 from appliance.config_server.protection.machines import next_final
-from appliance.config_server.protection.workflow import Done, Outside, Verdict, Waiting
+from appliance.config_server.protection.workflow import Done, Verdict, Waiting
 from appliance.config_server.recovery.decisions import (
     Bad,
     Good,
@@ -31,35 +28,24 @@ from appliance.config_server.recovery.decisions import (
 )
 from appliance.config_server.recovery.parts import (
     add_hold,
-    add_note,
-    fail_part,
     judge_each,
-    refuse_failed,
     take_held,
 )
-from appliance.config_server.recovery.ports import PowerPort
-from appliance.config_server.recovery.run import FailoverKind, FailoverState
+from appliance.config_server.recovery.run import FailoverState
 from appliance.config_server.recovery.scene import Part, RecoveryScene
+from appliance.config_server.recovery.switching_off import THAW_HINT
 from appliance.config_server.store.recovery_tables import PointHold, RecoveredVm
 from replication.control.recovery import HeldPoint, PointChoice, VmPower
 from replication.control.report import MachineReport, ProcessServerReport
-from replication.errors import ReplicationError
-
-POWER_OFF_SECONDS_MAX = 120.0
-POWERED_OFF_AT_ONCE_MAX = 16
-NOT_OFF = -1
-"""Of an unplanned failover's `powered_off_ns`: it was tried, and went wrong."""
 
 _SECOND_NS = 10**9
 _FINAL_NS = int(FINAL_SECONDS_MAX * _SECOND_NS)
-_THAW_HINT = "its agent lets writes go on; see that it and its network are well, then ask again"
 
 
 @dataclass(frozen=True, slots=True)
 class FailoverSteps:
     """answer_ns: what a node has to answer."""
 
-    power: PowerPort
     answer_ns: int
 
     async def send_final(self, scene: RecoveryScene) -> Verdict:
@@ -86,64 +72,13 @@ class FailoverSteps:
                 )
                 return Good()
             if report is not None and report.final_reason:
-                return Bad("not_frozen", f"the agent cannot: {report.final_reason}", _THAW_HINT)
+                return Bad("not_frozen", f"the agent cannot: {report.final_reason}", THAW_HINT)
             if scene.now_ns - row.final_ns > _FINAL_NS:
                 late = f"no final changeset within {FINAL_SECONDS_MAX:.0f} s"
-                return Bad("not_frozen", late, _THAW_HINT)
+                return Bad("not_frozen", late, THAW_HINT)
             return Wait("waits for the agent's final changeset")
 
         return await judge_each(scene, parts, judge)
-
-    async def shut_down(self, scene: RecoveryScene) -> Verdict:
-        """Switch the sources off; of an unplanned failover those that can be."""
-        await refuse_failed(scene)
-        todo = {
-            part.failover.id: (part.machine.name, part.machine.vm_id)
-            for part in scene.active()
-            if part.failover.powered_off_ns == 0
-            and (part.kind is FailoverKind.PLANNED or part.options.shut_down)
-        }
-        if not todo:
-            return Done(_shut_down_note(scene))
-        off = self._off_all(todo)
-        return Outside(f"switches off {', '.join(name for name, _ in todo.values())}", off)
-
-    def _off_all(
-        self, todo: Mapping[uuid.UUID, tuple[str, uuid.UUID | None]]
-    ) -> Callable[[], Awaitable[Callable[[RecoveryScene], Awaitable[None]]]]:
-        async def do() -> Callable[[RecoveryScene], Awaitable[None]]:
-            free = asyncio.Semaphore(POWERED_OFF_AT_ONCE_MAX)
-
-            async def one(vm: uuid.UUID | None) -> str:
-                async with free:
-                    return await self._off(vm)
-
-            told = await asyncio.gather(*(one(vm) for _, vm in todo.values()))
-            outcomes = dict(zip(todo, told, strict=True))
-
-            async def record(scene: RecoveryScene) -> None:
-                await _record_off(scene, outcomes)
-
-            return record
-
-        return do
-
-    async def _off(self, vm: uuid.UUID | None) -> str:
-        """Why it is not off; empty when it is."""
-        if vm is None:
-            return "it is in no vCenter's inventory"
-        try:
-            async with asyncio.timeout(POWER_OFF_SECONDS_MAX):
-                await self.power.power_off(vm)
-        except TimeoutError:
-            return f"its vCenter did not do it within {POWER_OFF_SECONDS_MAX:.0f} s"
-        except ReplicationError as error:
-            return str(error.args[0])
-        except Exception as error:  # noqa: BLE001 - told by what failed, and by the log
-            # Else the job would be begun again without end, while the source stays frozen.
-            structlog.get_logger().exception("a source cannot be switched off", vm=str(vm))
-            return f"a defect: {error!r}"
-        return ""
 
     async def hold_points(self, scene: RecoveryScene) -> Verdict:
         """The appliers choose the points and keep them."""
@@ -309,41 +244,6 @@ async def _stamp_of(scene: RecoveryScene, part: Part) -> Stamp:
             if stream.machine == machine.id
         ]
     return max(known)
-
-
-async def _record_off(scene: RecoveryScene, outcomes: Mapping[uuid.UUID, str]) -> None:
-    """Write down what is off. A source of a planned failover must be, before its agent thaws."""
-    for part in scene.active():
-        if part.failover.id not in outcomes:
-            continue
-        why = outcomes[part.failover.id]
-        row = part.failover
-        row.powered_off_ns = NOT_OFF if why else scene.now_ns
-        if part.kind is not FailoverKind.PLANNED:
-            if why:
-                add_note(row, f"the source is not off: {why}")
-            continue
-        if not why and await _has_thawed(scene, part):
-            why = "its agent had let writes go on before it was off"
-        if why:
-            bad = Bad("not_off", f"the source is not off: {why}", _THAW_HINT)
-            await fail_part(scene, part, bad)
-
-
-async def _has_thawed(scene: RecoveryScene, part: Part) -> bool:
-    """Whether writes may have been acknowledged after the final changeset: the agent says so, or
-    has been silent for longer than it stays frozen.
-    """
-    if scene.now_ns - part.failover.final_ns > _FINAL_NS:
-        return True
-    report = await scene.agent_of(part.machine.id)
-    return report is not None and report.final != part.failover.final
-
-
-def _shut_down_note(scene: RecoveryScene) -> str:
-    """Those that could not be, and those that nobody tried."""
-    untouched = [part.machine.name for part in scene.active() if part.failover.powered_off_ns <= 0]
-    return f"still on, as far as is known: {', '.join(untouched)}" if untouched else ""
 
 
 def _instead_note(names: list[str], parts: list[Part]) -> str:

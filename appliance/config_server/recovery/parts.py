@@ -28,6 +28,9 @@ from appliance.config_server.store.recovery_tables import Failover, PointHold
 from replication.control.recovery import HeldPoint
 
 NAMES_TOLD_MAX = 5
+PERHAPS_OFF = (
+    "its vCenter was told to switch it off; look whether it is off, and switch it on again"
+)
 _ALIVE = (FailoverState.STARTING, FailoverState.UP)
 
 Judge = Callable[[Part], Awaitable[Wait | Good | Bad]]
@@ -104,6 +107,8 @@ async def take_back(scene: RecoveryScene, part: Part, state: FailoverState) -> N
         machine = part.machine
         if part.failover.powered_off_ns > 0:
             add_note(part.failover, "the source was switched off: switch it on again")
+        elif part.failover.power_off_ns:
+            add_note(part.failover, PERHAPS_OFF)
         enter(machine, Event.FAILOVER_FAILED, scene.now_ns)
         release(part)
         tell |= nodes_of(machine)

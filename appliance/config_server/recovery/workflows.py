@@ -27,6 +27,7 @@ from appliance.config_server.recovery.run import (
     RunPlan,
 )
 from appliance.config_server.recovery.scene import RecoveryScene, open_run, run_nodes
+from appliance.config_server.recovery.switching_off import SwitchingOff
 from appliance.config_server.store.recovery_tables import PlanAction
 
 FINAL = "final changeset"
@@ -63,18 +64,21 @@ def _action_names(prefix: str, actions: tuple[object, ...], place: ActionPlace) 
 
 def recovery_workflows(ports: RecoveryPorts, *, answer_seconds_max: float) -> Workflows:
     """All of them."""
-    steps = FailoverSteps(ports.power, int(answer_seconds_max * 1e9))
+    steps = FailoverSteps(int(answer_seconds_max * 1e9))
     actions = ActionSteps(ports.actions)
+    switching = SwitchingOff(ports.power)
     found = (
-        _run(JobKind.TEST_FAILOVER, steps, actions),
-        _run(JobKind.FAILOVER, steps, actions),
+        _run(JobKind.TEST_FAILOVER, steps, switching, actions),
+        _run(JobKind.FAILOVER, steps, switching, actions),
         *_ends(),
         _change(steps),
     )
     return MappingProxyType({workflow.kind: workflow for workflow in found})
 
 
-def _run(kind: JobKind, steps: FailoverSteps, actions: ActionSteps) -> Workflow[RecoveryScene]:
+def _run(
+    kind: JobKind, steps: FailoverSteps, switching: SwitchingOff, actions: ActionSteps
+) -> Workflow[RecoveryScene]:
     def find(name: str) -> RecoveryStep | None:
         found = _GROUP.match(name)
         if found is None:
@@ -90,7 +94,7 @@ def _run(kind: JobKind, steps: FailoverSteps, actions: ActionSteps) -> Workflow[
         kind,
         (
             Step(FINAL, steps.send_final, is_patient=True),
-            Step(SHUT_DOWN, steps.shut_down, is_patient=True),
+            Step(SHUT_DOWN, switching.shut_down, is_patient=True),
             Step(HOLD, steps.hold_points, is_patient=True),
             Step(DISKS, steps.make_disks, is_patient=True),
         ),

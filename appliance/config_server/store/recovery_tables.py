@@ -109,7 +109,9 @@ class Failover(Base):
               while the change is under way.
     asked_source_ns: when it was asked for, by the source's clock as far as it is known.
     final:    the order for the final changeset, 0: none was given. final_ns: when it was.
-    final_generation, final_number: that changeset. powered_off_ns: when the source was off.
+    final_generation, final_number: that changeset.
+    power_off_ns: when its vCenter was last going to be told to switch the source off; 0: never.
+    powered_off_ns: when the source was off.
     up_ns:    when the checks were passed, by our clock; 0: not yet.
     error:    why it failed, in the shape of the API's errors.
     """
@@ -138,6 +140,7 @@ class Failover(Base):
     final_ns: Mapped[int] = mapped_column(default=0)
     final_generation: Mapped[int] = mapped_column(default=0)
     final_number: Mapped[int] = mapped_column(default=0)
+    power_off_ns: Mapped[int] = mapped_column(default=0)
     powered_off_ns: Mapped[int] = mapped_column(default=0)
     up_ns: Mapped[int] = mapped_column(default=0)
     ended_ns: Mapped[int | None]

@@ -159,6 +159,8 @@ async def test_every_acknowledged_record_is_in_it_and_none_comes_after(
     report = await scene.rig.reported("the next is held", lambda told: told.final == 9)
     assert scene.site_holds(tmp_path) >= await scene.stands_still()
     await scene.rig.stop()
+    assert "the agent stops" in scene.rig.newest.final_reason, "it says so before it thaws"
+    assert scene.rig.newest.final == 0
     await scene.goes_on()
     scene.rig.start()
     await scene.not_held("the agent stops")

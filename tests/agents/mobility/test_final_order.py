@@ -68,10 +68,12 @@ def test_order_that_holds_is_told_for_as_long_as_it_does(desk: Desk) -> None:
     desk.book.hold(Stamp(2, 9), proof)
     assert desk.changes == 1
     assert desk.book.told() == FinalTold(5, 2, 9)
+    desk.book.repeat()
+    assert desk.changes == 2
     proof.broken = "somebody wrote"
     assert desk.book.told() == FinalTold(reason="somebody wrote")
     desk.book.fail(5, "somebody wrote " * 100)
-    assert desk.changes == 2
+    assert desk.changes == 3
     assert desk.book.told().reason == ("somebody wrote " * 100)[:REASON_CHARS_MAX]
     assert not desk.is_due()
     desk.opened().want(5, 30)

@@ -13,9 +13,11 @@ from appliance.config_server.protection.config import JobsConfig
 from appliance.config_server.protection.jobs import ask_to_cancel, find_job, steps_of
 from appliance.config_server.protection.machines import BusyError
 from appliance.config_server.protection.placement import PlacementError
+from appliance.config_server.recovery import switching_off
 from appliance.config_server.recovery.follow_up import cancel, change_point, commit
 from appliance.config_server.recovery.intake import take_points
 from appliance.config_server.recovery.locking import lock_point
+from appliance.config_server.recovery.parts import PERHAPS_OFF
 from appliance.config_server.recovery.requests import clean_up
 from appliance.config_server.recovery.run import FailoverKind, FailoverOptions
 from appliance.config_server.store.recovery_tables import Failover, RecoveredVm
@@ -342,3 +344,53 @@ async def test_a_planned_failover_that_is_cancelled_lets_the_source_go_on(
     assert (machine.state, machine.job_id, machine.final_wanted) == ("protected", None, False)
     assert stage.power.off == []
     assert await stage.there() == ([], [])
+
+
+async def test_an_agent_that_fell_silent_or_thawed_fails_the_planned_failover(
+    stage: RecoveryStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silent before the power-off began: what it froze may be thawed, whatever it said last."""
+    monkeypatch.setattr(switching_off, "_FRESH_NS", -(10**12))  # every report is too old
+    told = await failed(stage, await stage.begun(PLANNED), "not_off")
+    assert "last heard" in told
+    assert stage.power.off == []  # its power is not cut for nothing
+
+
+async def test_a_report_must_be_fresh_when_each_source_s_power_off_begins(
+    stage: RecoveryStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def later(vm: uuid.UUID) -> None:
+        monkeypatch.setattr(switching_off, "_FRESH_NS", -(10**12))
+        assert stage.power.off == [vm]
+
+    stage.power.then = later
+    job = await stage.begun(PLANNED)
+    told = await failed(stage, job, "not_off")
+    assert "was not off in time" in told
+    (failover,) = await stage.failovers(job)
+    assert "switch it on again" in failover.notes
+
+
+async def test_a_source_that_was_perhaps_switched_off_is_told_of(stage: RecoveryStage) -> None:
+    """The job is cancelled while its vCenter is at it; or it says that it could not."""
+    begun = asyncio.Event()
+
+    async def endless(vm: uuid.UUID) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    stage.power.then = endless
+    job = await stage.begun(PLANNED)
+    await asyncio.wait_for(begun.wait(), WAIT_SECONDS)
+    async with stage.database.writing() as session:
+        ask_to_cancel(await find_job(session, job.id, lock=True), stage.clock())
+    stage.protection.performer.wake(job.id)
+    job = await stage.ended(job.id)
+    assert job.state == "cancelled"
+    (failover,) = await stage.failovers(job)
+    assert PERHAPS_OFF in failover.notes
+    stage.power.refuses = "no answer in time"
+    job = await stage.begun(PLANNED)
+    await failed(stage, job, "not_off")
+    (failover,) = await stage.failovers(job)
+    assert PERHAPS_OFF in failover.notes

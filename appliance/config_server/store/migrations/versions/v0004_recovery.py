@@ -127,6 +127,7 @@ def upgrade() -> None:
         sa.Column("final_ns", sa.BigInteger(), nullable=False),
         sa.Column("final_generation", sa.BigInteger(), nullable=False),
         sa.Column("final_number", sa.BigInteger(), nullable=False),
+        sa.Column("power_off_ns", sa.BigInteger(), nullable=False),
         sa.Column("powered_off_ns", sa.BigInteger(), nullable=False),
         sa.Column("up_ns", sa.BigInteger(), nullable=False),
         sa.Column("ended_ns", sa.BigInteger(), nullable=True),
