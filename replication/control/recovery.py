@@ -5,11 +5,12 @@ Source: docs/RECOVERY.md §2, §3.
 
 import base64
 import binascii
+import ipaddress
 import uuid
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from replication.control.message import Message
 from replication.control.value import Count, Seconds, Share, Text
@@ -24,6 +25,18 @@ SCRIPT_CHARACTERS_MAX = 65536
 EVIDENCE_BYTES_MAX = 720 << 10
 """Of one console or screenshot; of a longer console its end."""
 
+OneLine = Annotated[str, Field(max_length=2000, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""Without control characters: it becomes part of a path."""
+
+
+def _is_address(value: str) -> str:
+    """Raises ValueError for what is no IP address, unless it is empty."""
+    if value:
+        ipaddress.ip_address(value)
+    return value
+
+
+Address = Annotated[str, Field(max_length=64), AfterValidator(_is_address)]
 Script = Annotated[str, Field(max_length=SCRIPT_CHARACTERS_MAX, pattern=r"^[^\x00]*$")]
 
 
@@ -71,8 +84,8 @@ class HeldPoint(Message):
     machine: uuid.UUID
     state: Literal["waiting", "held", "refused"]
     reason: Text = ""
-    folder: Text = ""
-    point: Text = ""
+    folder: OneLine = ""
+    point: OneLine = ""
     position: Count = 0
     generation: Count = 0
     number: Count = 0
@@ -195,7 +208,7 @@ class VmReport(Message):
     state: VmState
     reason: Text = ""
     guest: Text = ""
-    address: Text = ""
+    address: Address = ""
     disks_ready_ns: Count = 0
     started_ns: Count = 0
     up_ns: Count = 0

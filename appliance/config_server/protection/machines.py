@@ -25,6 +25,7 @@ from appliance.config_server.store.schema import (
 )
 from replication.control.report import MachineReport, ProcessServerReport
 from replication.control.role import NodeRole
+from replication.control.value import COUNT_MAX
 from replication.errors import ConflictError, NotFoundError
 
 HEARD_SECONDS_MAX = 60
@@ -163,14 +164,14 @@ def next_order(machine: Machine, heard: Heard | None) -> int:
     """
     report = heard.report if heard is not None else None
     carried_out = report.resync_request if isinstance(report, MachineReport) else 0
-    return max(machine.resync_request, carried_out) + 1
+    return max(machine.resync_request, min(carried_out, COUNT_MAX - 1)) + 1
 
 
 def next_final(machine: Machine, heard: Heard | None) -> int:
     """The number of the next order for a final changeset, likewise."""
     report = heard.report if heard is not None else None
     carried_out = report.final if isinstance(report, MachineReport) else 0
-    return max(machine.final_order, carried_out) + 1
+    return max(machine.final_order, min(carried_out, COUNT_MAX - 1)) + 1
 
 
 async def agent_report(ports: Ports, node: Node, now_ns: int) -> MachineReport:

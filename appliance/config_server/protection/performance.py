@@ -41,7 +41,7 @@ from appliance.config_server.protection.workflow import (
 )
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.schema import Job
-from replication.errors import ReplicationError
+from replication.errors import InputError, ReplicationError
 
 POLL_SECONDS = 5.0
 """Between two looks of a step that waits, for what another config server hears. What this one hears
@@ -99,7 +99,7 @@ class Performer:
     async def perform(self, job_id: str, index: int) -> Ending:
         """Do a step, or wait for what it waits for. Says whether the next one is to be done."""
         self._boundary(f"before {index}")
-        found = await self._patiently(job_id, lambda: self._attempt(job_id, index))
+        found = await self._patiently(job_id, lambda: self._attempt_once(job_id, index))
         if found is None or isinstance(found, Outside):
             found = await self._insist(job_id, index, found)
         self._boundary(f"after {index}")
@@ -112,7 +112,7 @@ class Performer:
                 news.clear()
                 if isinstance(found, Outside):
                     await self._act_outside(job_id, index, found, news)
-                ending = await self._patiently(job_id, lambda: self._attempt(job_id, index))
+                ending = await self._patiently(job_id, lambda: self._attempt_once(job_id, index))
                 if ending is not None and not isinstance(ending, Outside):
                     return ending
                 found = ending
@@ -204,6 +204,27 @@ class Performer:
 
         await self._patiently(job_id, close_it)
         self._boundary("after the end")
+
+    async def _attempt_once(self, job_id: str, index: int) -> Ending | Outside[Any] | None:
+        """`_attempt`; a defect, or what cannot be stored, fails the step: nothing of it was kept,
+        and begun anew it would fail again without end.
+        """
+        try:
+            return await self._attempt(job_id, index)
+        except InputError as error:
+            told = JobError.of(error)
+        except ReplicationError:
+            raise
+        except Exception:  # noqa: BLE001 - told by the log and the job
+            structlog.get_logger().exception("a step has a defect", job=job_id, step=index)
+            told = _DEFECT
+        async with self._database.writing() as session:
+            job = await find_job(session, job_id, lock=True)
+            if is_open(job) and job.error is None:
+                now_ns = self._clock()
+                fail(job, told, now_ns)
+                mark_step(job, index, now_ns, state=StepState.FAILED, ended_ns=now_ns)
+        return "end"
 
     async def _attempt(self, job_id: str, index: int) -> Ending | Outside[Any] | None:
         """One transaction; None: wait."""

@@ -202,12 +202,11 @@ class PointChange:
         )
 
     async def undo(self, scene: RecoveryScene) -> None:
-        """The old VM runs again; the new one goes."""
+        """The new VM goes; when it is gone, and not before, the old one runs again (`settle`)."""
         for part in scene.parts:
             new, row = part.next_vm, part.failover
             if new is not None:
                 await scene.power([new], REMOVED)
-                await scene.power([part.vm], VmPower.ON)
             row.next_vm_id = None
             _tell_point(row, part.hold)
         await unchanged(scene)

@@ -19,7 +19,13 @@ from replication.control.recovery import (
 CHECK_MARGIN_SECONDS = 60
 """For the start of the VM and the way of its report, beside what the check itself may take."""
 
+POINT_CHARACTERS_MAX = 255
+CONSISTENCY_CHARACTERS_MAX = 64
+PATH_CHARACTERS_MAX = 1900
+"""Of folder and point; a disk's file name comes after them."""
+
 _SECOND_NS = 10**9
+_SPACE = 0x20
 _NOT_IN_A_PATH = frozenset({"", ".", ".."})
 
 
@@ -107,6 +113,13 @@ def judge_hold(view: HoldView, held: HeldPoint | None) -> Wait | Good | Bad | In
 
 
 def _judge_held(view: HoldView, held: HeldPoint) -> Good | Bad:
+    if not _is_storable(held):
+        return Bad(
+            "point_wrong",
+            "the applier holds a point whose name, folder or consistency is too long or has "
+            "control characters: nothing can be made from that",
+            "this is a defect of the applier: see its log",
+        )
     if held.machine != view.machine or not held.disks or not _is_below(held):
         return Bad(
             "point_wrong",
@@ -122,6 +135,16 @@ def _judge_held(view: HoldView, held: HeldPoint) -> Good | Bad:
             "the source went on to write: ask again",
         )
     return Good()
+
+
+def _is_storable(held: HeldPoint) -> bool:
+    """Whether our columns, and the paths of a VM's order, take it."""
+    return (
+        len(held.point) <= POINT_CHARACTERS_MAX
+        and len(held.consistency) <= CONSISTENCY_CHARACTERS_MAX
+        and len(held.folder) + len(held.point) <= PATH_CHARACTERS_MAX
+        and not any(ord(each) < _SPACE for each in held.point + held.folder + held.consistency)
+    )
 
 
 def _is_below(held: HeldPoint) -> bool:
@@ -188,8 +211,8 @@ def judge_vm(
 
 
 def judge_off(report: VmReport | None) -> Wait | Good:
-    """Whether a VM that was switched off is."""
-    if report is not None and report.state in (VmState.STARTING, VmState.UP):
+    """Whether a VM that was switched off is; None: it is gone. One that FAILED may still run."""
+    if report is not None and report.state not in (VmState.STOPPED, VmState.DISKS_READY):
         return Wait("waits for the virtual machine of the old point to be off")
     return Good()
 

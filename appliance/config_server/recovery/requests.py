@@ -40,6 +40,7 @@ from replication.errors import ConflictError, InputError, NotFoundError
 NETWORK = "default"
 TEST_NETWORK = "test-{}"
 NOTES_CHARACTERS_MAX = 4000
+CLOCK_OFF_NS_MAX = 86400 * 10**9
 
 
 class NotTestableError(ConflictError):
@@ -284,8 +285,10 @@ async def _refuse(asking: Asking, kind: FailoverKind, machine: Machine) -> None:
 
 
 async def _source_time(asking: Asking, machine: Machine) -> int:
-    """What the source's clock says now, as far as its agent has told; else ours."""
+    """What the source's clock says now, as far as its agent has told; else, and where that is off
+    by more than a day, ours.
+    """
     heard = heard_of(asking.ports, await asking.session.get_one(Node, machine.id))
-    if heard is None:
+    if heard is None or abs(heard.report.time_ns - heard.seen_ns) > CLOCK_OFF_NS_MAX:
         return asking.now_ns
     return heard.report.time_ns + max(0, asking.now_ns - heard.seen_ns)

@@ -28,6 +28,9 @@ from replication.control.report import ComputeReport
 from replication.control.role import NodeRole
 from replication.errors import ConflictError
 
+LOCKS_MAX = HOLDS_MAX // 2
+"""Per applier; the other holds are for failovers."""
+
 _MIB = 1 << 20
 _SECOND_NS = 10**9
 
@@ -155,6 +158,24 @@ async def refuse_full(session: AsyncSession, appliers: Iterable[uuid.UUID]) -> N
                 f"the applier holds {held} points, and can hold {HOLDS_MAX}",
                 hint="clean up test failovers, or let locks run out",
             )
+
+
+async def refuse_more_locks(session: AsyncSession, applier: uuid.UUID) -> None:
+    """Raises ConflictError where locks would leave an applier too little for failovers."""
+    locked = await session.scalar(
+        select(func.count())
+        .select_from(PointHold)
+        .where(
+            PointHold.applier_id == applier,
+            PointHold.ended_ns.is_(None),
+            PointHold.failover_id.is_(None),
+        )
+    )
+    if (locked or 0) >= LOCKS_MAX:
+        raise ConflictError(
+            f"{locked} points of the applier are locked, and {LOCKS_MAX} can be",
+            hint="let locks run out: the rest is for failovers",
+        )
 
 
 async def refuse_held_points(session: AsyncSession, machine: Machine, now_ns: int) -> None:

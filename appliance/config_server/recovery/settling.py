@@ -26,6 +26,7 @@ from appliance.config_server.recovery.decisions import hold_is_needed, settled_s
 from appliance.config_server.recovery.run import OPEN, FailoverState
 from appliance.config_server.store.recovery_tables import Failover, PointHold, RecoveredVm
 from appliance.config_server.store.schema import Machine, Node
+from replication.control.recovery import VmPower
 from replication.control.report import ComputeReport
 
 Hear = Callable[[uuid.UUID], Awaitable[Heard | None]]
@@ -55,9 +56,11 @@ async def settle(
             hold.ended_ns = now_ns
             tell.add(hold.applier_id)
     for failover in failovers:
+        own = [vm for vm in vms if vm.failover_id == failover.id]
+        tell |= _switched_on_again(failover, own)
         state_now = settled_state(
             FailoverState(failover.state),
-            [vm.gone_ns is not None for vm in vms if vm.failover_id == failover.id],
+            [vm.gone_ns is not None for vm in own],
         )
         if state_now is not None and failover.job_id is None:
             end(failover, state_now, now_ns)
@@ -65,6 +68,24 @@ async def settle(
             if state_now is FailoverState.CANCELLED and machine is not None:
                 tell |= back_to_protected(machine, now_ns)
     return tell
+
+
+def _switched_on_again(failover: Failover, vms: Sequence[RecoveredVm]) -> set[uuid.UUID]:
+    """The VM that was to give way to one of another point, when that one came to nothing and is
+    gone: both are the same machine to the network. Returns the compute node that is to be told.
+    """
+    others_gone = all(vm.gone_ns is not None for vm in vms if vm.id != failover.vm_id)
+    own = next((vm for vm in vms if vm.id == failover.vm_id), None)
+    if (
+        own is None
+        or failover.job_id is not None
+        or failover.state != FailoverState.UP
+        or own.wanted != VmPower.OFF
+        or not others_gone
+    ):
+        return set()
+    own.wanted = VmPower.ON.value
+    return {own.compute_id}
 
 
 def end(failover: Failover, state: FailoverState, now_ns: int) -> None:

@@ -38,6 +38,8 @@ def explained() -> Iterator[None]:
         ) from error
     except exc.DataError as error:
         raise InputError("a value cannot be stored", hint="too large, or it holds a NUL") from error
+    except OverflowError as error:  # SQLite's driver says it so
+        raise InputError("a value cannot be stored", hint="it is too large") from error
     except exc.TimeoutError as error:
         raise UnavailableError("no connection to the database is free", hint="try again") from error
     except exc.DBAPIError as error:

@@ -1,7 +1,7 @@
 """``drills``: test failovers as evidence, with their reports."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, Self
 
@@ -9,6 +9,7 @@ from fastapi import Response
 from pydantic import BaseModel, Field, model_validator
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import defer
 
 from appliance.config_server.api.access import needs
 from appliance.config_server.api.paging import Page, PagingOf, read_page
@@ -105,13 +106,15 @@ async def list_drills(server: ServerOf, paging: PagingOf, _: Reader) -> Page[Dri
     async with server.database.reading() as session:
         rows, following = await read_page(
             session,
-            select(DrillReport),
+            select(DrillReport).options(defer(DrillReport.document), defer(DrillReport.page)),
             [DrillReport.began_ns, DrillReport.id],
             paging,
             descending=True,
         )
         jobs = await _jobs(session, rows)
-    return Page(items=[_summary(row, jobs.get(row.id, "")) for row in rows], next=following)
+        outcomes = await _outcomes(session, rows)
+    items = [_summary(row, jobs.get(row.id, ""), outcomes.get(row.id, {})) for row in rows]
+    return Page(items=items, next=following)
 
 
 @router.get("/{drill}")
@@ -127,7 +130,7 @@ async def read_drill(server: ServerOf, drill: uuid.UUID, _: Reader) -> DrillAnsw
             steps += steps_of(found) if found is not None else []
     report = row.document if row.state not in OPEN else None
     return DrillAnswer(
-        **_summary(row, job).model_dump(),
+        **_summary(row, job, report or {}).model_dump(),
         report=report,
         untouched=report is not None and is_untouched(report),
         steps=steps,
@@ -166,7 +169,7 @@ async def hold(server: ServerOf, caller: Operator, request: DrillRequest) -> Dri
             machine=machine,
         )
     await server.protection.begin(job.id)
-    return _summary(row, job.id)
+    return _summary(row, job.id, {})
 
 
 async def _jobs(session: AsyncSession, rows: Sequence[DrillReport]) -> dict[uuid.UUID, str]:
@@ -178,8 +181,20 @@ async def _jobs(session: AsyncSession, rows: Sequence[DrillReport]) -> dict[uuid
     return {drill: job for drill, job in found if drill is not None}
 
 
-def _summary(row: DrillReport, job: str) -> DrillSummary:
-    report = row.document if row.state not in OPEN else {}
+async def _outcomes(
+    session: AsyncSession, rows: Sequence[DrillReport]
+) -> dict[uuid.UUID, Mapping[str, Any]]:
+    """What a list tells of reports, which hold screenshots and may be large."""
+    document = DrillReport.document
+    found = await session.execute(
+        select(
+            DrillReport.id, document["rto_seconds"].as_float(), document["reason"].as_string()
+        ).where(DrillReport.id.in_([row.id for row in rows if row.state not in OPEN]))
+    )
+    return {drill: {"rto_seconds": rto, "reason": reason or ""} for drill, rto, reason in found}
+
+
+def _summary(row: DrillReport, job: str, report: Mapping[str, Any]) -> DrillSummary:
     return DrillSummary(
         id=row.id,
         target=row.target,

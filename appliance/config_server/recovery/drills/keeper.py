@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 from pydantic import ValidationError
-from sqlalchemy import select
+from sqlalchemy import delete, exc, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.audit import Audit
@@ -115,6 +115,11 @@ class DrillKeeper:
                 raise
             told = str(error) if isinstance(error, ReplicationError) else "its row cannot be read"
             trouble.append(f"{what}: {told}")
+        except NotOursError:
+            raise
+        except Exception as error:  # noqa: BLE001 - told by the log and the health
+            structlog.get_logger().exception("a drill cannot be looked after", what=what)
+            trouble.append(f"{what}: a defect: {type(error).__name__}")
 
     async def _due(self) -> list[uuid.UUID]:
         async with self.database.writing() as session:
@@ -152,6 +157,12 @@ class DrillKeeper:
                 if error.retryable:
                     raise
                 drill, outcome = await self._stillborn(asking, row, str(error)), error.code
+            except exc.SQLAlchemyError:
+                raise  # the database's own trouble
+            except Exception as error:  # noqa: BLE001 - told by its report and the log
+                structlog.get_logger().exception("a drill cannot begin", schedule=row.name)
+                reason = f"a defect of the config server: {type(error).__name__}"
+                drill, outcome = await self._stillborn(asking, row, reason), "defect"
             detail = {"schedule": row.name, "drill": str(drill.id)}
             self.audit.add(
                 session, SCHEDULER, "drill.begin", drill.target, outcome=outcome, detail=detail
@@ -274,10 +285,7 @@ class DrillKeeper:
             return
         async with self.database.writing() as session:
             await self._ours(session)
-            for drill in over:
-                row = await session.get(DrillReport, drill)
-                if row is not None:
-                    await session.delete(row)
+            await session.execute(delete(DrillReport).where(DrillReport.id.in_(over)))
 
     async def _ours(self, session: AsyncSession) -> None:
         if await hold(session, self.instance, self.clock(), key=LEASE_KEY) is Lease.OTHERS:

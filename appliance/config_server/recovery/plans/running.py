@@ -45,6 +45,8 @@ from appliance.config_server.recovery.run import (
 from appliance.config_server.store.recovery_tables import Plan as PlanRow
 from appliance.config_server.store.schema import Job, Machine, Node
 
+PLANS_READ_AT_ONCE = 20
+
 
 class RunRequest(BaseModel):
     """How a plan, or the machine of a drill, is to be run.
@@ -108,11 +110,13 @@ async def _machine_facts(
 
 
 async def _other_plans(session: AsyncSession, name: str) -> Mapping[str, set[str]]:
-    """Names of other plans by the references of their machines, in small letters."""
+    """Names of other plans by the references of their machines, in small letters. Documents may be
+    large (scripts): a few of them at a time.
+    """
     found: dict[str, set[str]] = {}
-    for row in await session.execute(
-        select(PlanRow.name, PlanRow.document).where(PlanRow.name != name)
-    ):
+    query = select(PlanRow.name, PlanRow.document).where(PlanRow.name != name)
+    few = query.execution_options(yield_per=PLANS_READ_AT_ONCE)
+    async for row in await session.stream(few):
         for group in row.document["groups"]:
             for machine in group["machines"]:
                 found.setdefault(machine["machine"].lower(), set()).add(row.name)

@@ -31,17 +31,22 @@ class Vault(Protocol):
     def open(self, sealed: bytes, table: str, row: uuid.UUID | str) -> bytes: ...
 
 
+_Place = tuple[str, str, str]
+"""Names of the group and of the action, and whether it comes before or after."""
+
+
 def seal_headers(vault: Vault, document: PlanDocument, old: PlanDocument | None) -> PlanDocument:
     """As it is to be stored. Raises InputError for a hidden value that ``old`` does not have.
 
     old: the plan as it was stored, or the one that this is a copy of.
     """
-    known = {} if old is None else dict(_values(old))
+    known = {} if old is None else _values(old)
 
-    def seal(action: WebhookAction, where: str, name: str, value: str) -> str:
+    def seal(action: WebhookAction, place: _Place, where: str, name: str, value: str) -> str:
         if value == HIDDEN:
-            # Bound to the address as well: else a new URL would be sent an old secret.
-            kept = known.get((action.url, name.lower()))
+            # Bound to place and address as well: else another webhook, or a new URL, would be
+            # sent an old secret.
+            kept = known.get((*place, action.url, name.lower()))
             if kept is None:
                 raise InputError(
                     f"{where}: the value of the header {name} is {HIDDEN}",
@@ -68,24 +73,31 @@ def open_header(vault: Vault, name: str, value: str) -> str:
     return vault.open(sealed, TABLE, name.lower()).decode()
 
 
-def _values(document: PlanDocument) -> list[tuple[tuple[str, str], str]]:
-    return [
-        ((action.webhook.url, name.lower()), value)
-        for group in document.groups
-        for action in (*group.before, *group.after)
-        if action.webhook is not None
-        for name, value in action.webhook.headers.items()
-    ]
+def _values(document: PlanDocument) -> dict[tuple[str, ...], str]:
+    """Sealed values by place, address and header; those that two webhooks have alike are none's."""
+    found: dict[tuple[str, ...], str] = {}
+    alike = set()
+    for group in document.groups:
+        for place in ("before", "after"):
+            for action in getattr(group, place):
+                if action.webhook is None:
+                    continue
+                for name, value in action.webhook.headers.items():
+                    key = (group.name, place, action.name, action.webhook.url, name.lower())
+                    if key in found:
+                        alike.add(key)
+                    found[key] = value
+    return {key: value for key, value in found.items() if key not in alike}
 
 
 def _rewritten(
-    document: PlanDocument, value_of: Callable[[WebhookAction, str, str, str], str]
+    document: PlanDocument, value_of: Callable[[WebhookAction, _Place, str, str, str], str]
 ) -> PlanDocument:
-    def action(one: PlanAction, where: str) -> PlanAction:
+    def action(one: PlanAction, place: _Place, where: str) -> PlanAction:
         if one.webhook is None or not one.webhook.headers:
             return one
         headers = {
-            name: value_of(one.webhook, where, name, value)
+            name: value_of(one.webhook, place, where, name, value)
             for name, value in one.webhook.headers.items()
         }
         webhook = one.webhook.model_copy(update={"headers": headers})
@@ -94,7 +106,7 @@ def _rewritten(
     def group(one: PlanGroup, index: int) -> PlanGroup:
         lists = {
             place: tuple(
-                action(each, f"groups.{index}.{place}.{position}")
+                action(each, (one.name, place, each.name), f"groups.{index}.{place}.{position}")
                 for position, each in enumerate(getattr(one, place))
             )
             for place in ("before", "after")

@@ -63,6 +63,21 @@ def test_a_held_point_is_taken() -> None:
     assert [disk.source for disk in source_disks(HELD)] == ["web-1/p7/disk0.img"]
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"point": "p" * 256},
+        {"consistency": "c" * 65},
+        {"folder": "f" * 1900},
+        {"consistency": "crash\n"},
+    ],
+)
+def test_what_cannot_be_stored_is_no_point(told: dict[str, str]) -> None:
+    found = judge_hold(view(), HELD.model_copy(update=told))
+    assert isinstance(found, Bad)
+    assert found.code == "point_wrong"
+
+
 def test_the_latest_is_waited_for_then_what_is_processed_is_taken() -> None:
     assert judge_hold(view(waited=119), waiting("1.9 is missing")) == Wait(
         "waits for the applier: 1.9 is missing"
@@ -159,8 +174,9 @@ def test_a_check_that_failed_and_a_node_that_says_nothing() -> None:
 
 @pytest.mark.parametrize("state", VmState)
 def test_off_is_what_does_not_run(state: VmState) -> None:
-    runs = state in (VmState.STARTING, VmState.UP)
-    assert isinstance(judge_off(vm(state)), Wait if runs else Good)
+    is_off = state in (VmState.STOPPED, VmState.DISKS_READY)
+    assert isinstance(judge_off(vm(state)), Good if is_off else Wait)
+    assert isinstance(judge_off(None), Good)
 
 
 @given(

@@ -3,22 +3,24 @@
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlalchemy import delete
 
+from appliance.config_server.nodes.report_book import Heard
 from appliance.config_server.protection import requests
 from appliance.config_server.protection.config import JobsConfig
 from appliance.config_server.protection.jobs import ask_to_cancel, find_job, steps_of
 from appliance.config_server.protection.machines import BusyError
 from appliance.config_server.protection.placement import PlacementError
-from appliance.config_server.recovery import switching_off
+from appliance.config_server.recovery import failing_over, room, switching_off
 from appliance.config_server.recovery.follow_up import cancel, change_point, commit
 from appliance.config_server.recovery.intake import take_points
 from appliance.config_server.recovery.locking import lock_point
 from appliance.config_server.recovery.parts import PERHAPS_OFF
-from appliance.config_server.recovery.requests import clean_up
+from appliance.config_server.recovery.requests import _source_time, clean_up
 from appliance.config_server.recovery.run import FailoverKind, FailoverOptions
 from appliance.config_server.store.recovery_tables import Failover, RecoveredVm
 from appliance.config_server.store.schema import Certificate, Job, Machine
@@ -41,6 +43,27 @@ async def stage(tmp_path: Path) -> AsyncIterator[RecoveryStage]:
     async with open_recovery(tmp_path) as opened:
         await opened.protected()
         yield opened
+
+
+async def test_a_source_s_clock_that_is_far_off_counts_as_ours(stage: RecoveryStage) -> None:
+    """A node's word is in a column: it cannot make the request fail, or the RPO absurd."""
+    heard = stage.nodes.reports[MACHINE]
+    told = heard.report.model_copy(update={"time_ns": 2**63 - 1})
+    async with stage.asking() as asking:
+        machine = await asking.session.get_one(Machine, MACHINE)
+        known = Heard(asking.now_ns, told)
+        other = replace(asking, ports=replace(asking.ports, newest=lambda _: known))
+        assert await _source_time(other, machine) == asking.now_ns
+
+
+async def test_a_defect_fails_its_step_and_is_not_begun_again(
+    stage: RecoveryStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(failing_over, "judge_disks", broken)
+    await failed(stage, await stage.begun(TEST), "defect")
 
 
 async def test_a_test_failover_changes_nothing_and_leaves_nothing(stage: RecoveryStage) -> None:
@@ -267,7 +290,7 @@ async def test_a_committed_vm_outlives_protection_until_somebody_cleans_it_up(
 
 
 async def test_a_lock_keeps_points_until_its_date_and_is_only_made_longer(
-    stage: RecoveryStage,
+    stage: RecoveryStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     soon = stage.clock() + 2 * 10**9
     machine = await stage.machine()
@@ -275,16 +298,22 @@ async def test_a_lock_keeps_points_until_its_date_and_is_only_made_longer(
         async with stage.asking() as asking:
             await lock_point(asking, machine, "old", soon)
     point = ListedPoint(name="old", position=1, time_ns=1, consistency="crash")
+    other = point.model_copy(update={"name": "other"})
     async with stage.asking() as asking:
         machine = await asking.session.get_one(Machine, MACHINE)
-        told = PointList(machine=MACHINE, points=(point,))
+        told = PointList(machine=MACHINE, points=(point, other))
         await take_points(asking.session, APPLIER, told, asking.now_ns)
         await lock_point(asking, machine, "old", soon)
         await lock_point(asking, machine, "old", soon + 1)
-    for until_ns, why in ((soon, "longer"), (1, "over already")):
+    late = stage.clock() + 11 * 366 * 86400 * 10**9
+    monkeypatch.setattr(room, "LOCKS_MAX", 1)
+    for until_ns, why in ((soon, "longer"), (1, "over already"), (late, "10 years")):
         with pytest.raises((ConflictError, InputError), match=why):
             async with stage.asking() as asking:
                 await lock_point(asking, machine, "old", until_ns)
+    with pytest.raises(ConflictError, match="1 points of the applier are locked"):
+        async with stage.asking() as asking:
+            await lock_point(asking, machine, "other", soon)
     with pytest.raises(ConflictError, match="locked by alice"):
         async with stage.asking() as asking:
             await requests.unprotect(asking, "web-1", keep_points=False)

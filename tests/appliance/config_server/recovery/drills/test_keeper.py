@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from appliance.config_server.api.routes.drills import _outcomes
 from appliance.config_server.audit import Audit
 from appliance.config_server.identity.vault_key import VaultKey
 from appliance.config_server.recovery.config import RecoveryConfig
+from appliance.config_server.recovery.drills import keeper as keeping
 from appliance.config_server.recovery.drills.holding import (
     ScheduleDocument,
     add_schedule,
@@ -276,3 +278,23 @@ async def a_row_that_cannot_be_read_holds_up_no_other(stage: RecoveryStage) -> N
     (told,) = await keeper_of(stage).look()
     assert "its row cannot be read" in told
     assert "good" in [row.schedule for row in await reports(stage)]
+
+
+async def test_a_defect_of_one_schedule_is_evidence_and_holds_up_nothing(
+    stage: RecoveryStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object, **__: object) -> None:
+        raise OverflowError
+
+    monkeypatch.setattr(keeping, "begin_drill", broken)
+    made = await schedule(stage, machine=MACHINE)
+    await missed(stage, 2)
+    assert await keeper_of(stage).look() == ()
+    (report,) = await reports(stage)
+    assert (report.state, report.document["passed"]) == ("failed", False)
+    assert "a defect" in report.document["reason"]
+    async with stage.database.reading() as session:
+        found = await _outcomes(session, [report])
+    assert found[report.id] == {"rto_seconds": None, "reason": report.document["reason"]}
+    async with stage.database.reading() as session:
+        assert (await session.get_one(DrillSchedule, made.id)).next_ns > stage.clock()

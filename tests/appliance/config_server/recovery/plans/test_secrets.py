@@ -23,6 +23,10 @@ def webhook(plan: PlanDocument) -> WebhookAction:
     return found
 
 
+def webhook_name(plan: PlanDocument) -> str:
+    return plan.groups[1].after[1].name
+
+
 def test_a_header_is_sealed_hidden_and_opened() -> None:
     stored = seal_headers(VAULT, parse_plan(SHOP), None)
     assert "let-me-in" not in stored.model_dump_json()
@@ -50,3 +54,12 @@ def test_a_hidden_header_goes_to_no_other_address() -> None:
         seal_headers(VAULT, moved, stored)
     with pytest.raises(InputError, match=r"groups\.1\.after\.1"):
         seal_headers(VAULT, shown, None)
+
+
+def test_a_hidden_header_goes_to_no_other_webhook_of_the_same_address() -> None:
+    stored = seal_headers(VAULT, parse_plan(SHOP), None)
+    other = parse_plan(
+        SHOP.replace("Bearer let-me-in", HIDDEN).replace(webhook_name(stored), "another webhook")
+    )
+    with pytest.raises(InputError, match="header Authorization is \\(hidden\\)"):
+        seal_headers(VAULT, other, stored)
