@@ -69,3 +69,13 @@ def test_senseless_orders_are_refused(field: dict[str, object]) -> None:
         VirtualMachineOrder.model_validate(
             {"id": ID, "name": "a", "machine": MACHINE, "disks": (), "network": "n", **field}
         )
+
+
+def test_what_becomes_a_path_or_an_address_is_nothing_else() -> None:
+    for address in ("", "10.0.0.2", "fe80::1"):
+        assert VmReport(id=ID, state=VmState.UP, address=address).address == address
+    with pytest.raises(ValidationError, match="address"):
+        VmReport(id=ID, state=VmState.UP, address="10.0.0.2; reboot")
+    for broken in ({"point": "a\nb"}, {"folder": "a\x7fb"}):
+        with pytest.raises(ValidationError):
+            HeldPoint.model_validate({"id": ID, "machine": MACHINE, "state": "held", **broken})

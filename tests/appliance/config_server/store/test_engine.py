@@ -10,6 +10,7 @@ from sqlalchemy import bindparam, func, select, text, update
 from appliance.config_server.store import engine as engines
 from appliance.config_server.store.engine import open_database
 from appliance.config_server.store.schema import AuditEntry, Certificate, Policy, Setting, Token
+from appliance.config_server.store.trouble import explained
 from replication.errors import ConflictError, InputError, UnavailableError
 
 
@@ -242,3 +243,8 @@ async def test_a_server_that_does_not_answer_is_unavailable(tmp_path: object) ->
         async with open_database(url):
             pass
     assert "secret" not in str(told.value)
+
+
+def test_a_number_that_is_too_large_is_the_caller_s_fault() -> None:
+    with pytest.raises(InputError, match="cannot be stored"), explained():
+        raise OverflowError
