@@ -140,7 +140,8 @@ class Freezer:
             if self._channel:  # an answer that comes late must not be taken for another one's
                 self._channel.close()
                 self._channel = None
-            return f"the process that held the file systems frozen does not answer: {error}"
+            what = "does not answer" if isinstance(error, TimeoutError) else "is gone"
+            return f"the process that held the file systems frozen {what}: {error}"
         return "" if reply["held"] else str(reply["reason"])
 
     def thaw(self) -> FreezeResult:

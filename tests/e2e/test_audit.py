@@ -1,5 +1,6 @@
 """Bytes that changed where nobody should have changed them are found, named, and mended."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -83,11 +84,12 @@ def test_a_flipped_byte_at_rest_is_refused_and_mended(
     assert rig.agent_status()["sent_bytes"] - sent_bytes < MENDED_BYTES_MAX
     rig.assert_one_unbroken_stream()
     if rotten.position in [point.position for point in rig.points()]:
+        # Refused, or healed by what has come: never the flipped byte.
         with (
             rig.reader().open_view(rotten.position, 0) as view,
-            pytest.raises(RottenBlockError),
+            contextlib.suppress(RottenBlockError),
         ):
-            view.read(block * BLOCK_BYTES, BLOCK_BYTES)
+            _assert_reads(view.read(block * BLOCK_BYTES, BLOCK_BYTES), disk, block)
 
 
 def test_a_flipped_byte_in_the_cache_is_refused_and_put_again(rig: Rig, disk: Disk) -> None:
@@ -130,6 +132,12 @@ def _write(disk: Disk, offset: int, data: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _assert_reads(data: bytes | memoryview, disk: Disk, block: int) -> None:
+    with disk.image.open("rb") as image:
+        image.seek(block * BLOCK_BYTES)
+        assert bytes(data) == image.read(BLOCK_BYTES)
 
 
 def _newest_has(rig: Rig, disk: Disk, blocks: list[int]) -> bool:

@@ -267,7 +267,12 @@ async def test_machine_is_protected_changed_and_let_go_over_the_api(
             await site.until("its disks", knows_disks)
             assert (await boss.post("policies", json={"name": "gold"})).is_success
             protect = {"policy": "gold", "disks": [str(first.image)]}
-            await done(await boss.post("machines/db/protect", json=protect))
+
+            async def taken() -> httpx.Response | None:
+                answer = await boss.post("machines/db/protect", json=protect)
+                return answer if answer.status_code == 202 else None  # its report is on its way
+
+            await done(await site.until("its agent's report", taken))
             await site.replicated(0, first)
 
             site.kill("config-server")
