@@ -268,11 +268,18 @@ async def test_machine_is_protected_changed_and_let_go_over_the_api(
             assert (await boss.post("policies", json={"name": "gold"})).is_success
             protect = {"policy": "gold", "disks": [str(first.image)]}
 
-            async def taken() -> httpx.Response | None:
-                answer = await boss.post("machines/db/protect", json=protect)
-                return answer if answer.status_code == 202 else None  # its report is on its way
+            async def taken(path: str, body: dict[str, Any]) -> httpx.Response:
+                """The answer once the agent's report is there, which may be on its way."""
 
-            await done(await site.until("its agent's report", taken))
+                async def asked() -> httpx.Response | None:
+                    answer = await boss.post(path, json=body)
+                    return answer if answer.status_code == 202 else None
+
+                found = await site.until("its agent's report", asked)
+                assert isinstance(found, httpx.Response)
+                return found
+
+            await done(await taken("machines/db/protect", protect))
             await site.replicated(0, first)
 
             site.kill("config-server")
@@ -284,7 +291,7 @@ async def test_machine_is_protected_changed_and_let_go_over_the_api(
             await site.until("an answer", lambda: boss.get("healthz"))
             await site.until("its disks again", knows_disks)  # a report, if none was written yet
 
-            await done(await boss.post("machines/db/disks", json={"device": second.path}))
+            await done(await taken("machines/db/disks", {"device": second.path}))
             await site.replicated(1, second)
             assert {manifest.stamp.generation for manifest in site.site.manifests} == {1}
 
