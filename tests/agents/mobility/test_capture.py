@@ -79,7 +79,7 @@ def test_points_of_a_busy_file_system_are_instants(
             writer.wait_for(after + 5)
     assert seen == sorted(set(seen))
     source.capture()
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_points_of_two_disks_are_one_instant(
@@ -114,7 +114,7 @@ def test_idle_machine_is_never_frozen(
     assert taken.pause_ns == 0
     assert not source.received.extents
     assert len(taken.audit) == QUICK.audit_chunks
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_backlog_is_cut_into_parts_until_none_is_left(
@@ -140,7 +140,7 @@ def test_backlog_is_cut_into_parts_until_none_is_left(
     assert reasons[0] == (Consistency.NONE, False, "initial replication is under way")
     assert reasons[-1] == (Consistency.CRASH, True, "")
     assert not any(source.state.todo.values())
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_capture_that_was_killed_at_any_point_is_taken_anew_without_loss(
@@ -155,7 +155,7 @@ def test_capture_that_was_killed_at_any_point_is_taken_anew_without_loss(
         source.state = StreamStateFile(str(source.folder / "state"), source.id)
     source.capture()
     assert source.received.blocks(0) == {1, 2, 3, 4, 5}
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_no_capture_begins_while_a_commit_is_pending(
@@ -193,7 +193,7 @@ def test_freeze_that_fails_gives_no_point(
     assert "frozen already" in taken.reason
     assert not taken.audit
     source.capture()
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_freeze_that_ends_early_gives_no_point(
@@ -214,7 +214,7 @@ def test_freeze_that_ends_early_gives_no_point(
         assert not taken.audit
     source.freezer.while_frozen = lambda: None
     source.capture()
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_scan_gives_points_of_a_quiet_disk_alone(source: Machine, loop_disk: MakeLoopDisk) -> None:
@@ -228,7 +228,7 @@ def test_scan_gives_points_of_a_quiet_disk_alone(source: Machine, loop_disk: Mak
         writer.wait_for(3)
         assert source.capture().consistency is Consistency.NONE
     assert source.capture().consistency is Consistency.CRASH
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_clock_that_is_set_back_during_a_capture_does_not_turn_time_around(

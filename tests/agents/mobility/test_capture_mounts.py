@@ -58,7 +58,7 @@ def test_raw_disk_has_points_when_it_is_quiet_and_says_so_when_it_is_not(
     taken = source.capture()
     assert taken.consistency is Consistency.CRASH
     assert taken.pause_ns == 0
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_writes_beside_a_frozen_file_system_to_blocks_already_marked_are_noticed(
@@ -94,7 +94,7 @@ def test_writes_beside_a_frozen_file_system_to_blocks_already_marked_are_noticed
     assert source.replica.images[0][beside * BLOCK_BYTES] == ord("3")
     source.freezer.while_frozen = lambda: None
     source.capture()
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_file_system_that_is_mounted_after_the_look_is_not_taken_for_frozen(
@@ -126,7 +126,7 @@ def test_file_system_that_is_mounted_after_the_look_is_not_taken_for_frozen(
         )
     source.freezer.before_freeze = source.freezer.while_frozen = lambda: None
     source.capture()
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_file_system_that_went_away_before_the_freeze_gives_no_point(
@@ -143,7 +143,7 @@ def test_file_system_that_went_away_before_the_freeze_gives_no_point(
     assert "nothing is mounted there" in taken.reason
     source.freezer.before_freeze = lambda: None
     assert source.capture().consistency is Consistency.CRASH
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_covered_mount_costs_the_point_and_not_the_replication(
@@ -170,7 +170,7 @@ def test_covered_mount_costs_the_point_and_not_the_replication(
     assert "covered by another mount" in taken.reason
     assert source.received.extents
     assert source.capture().consistency is Consistency.CRASH
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_file_system_mounted_twice_is_frozen_once(
@@ -189,7 +189,7 @@ def test_file_system_mounted_twice_is_frozen_once(
     assert taken.consistency is Consistency.CRASH
     assert taken.pause_ns > 0
     source.capture()
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_read_only_file_system_needs_no_freeze(
@@ -202,7 +202,7 @@ def test_read_only_file_system_needs_no_freeze(
     assert source.disks[0].file_systems() == []
     taken = source.capture()
     assert (taken.consistency, taken.pause_ns) == (Consistency.CRASH, 0)
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_file_system_over_two_disks_is_frozen_once_for_both(
@@ -225,4 +225,4 @@ def test_file_system_over_two_disks_is_frozen_once_for_both(
     assert source.received.blocks(0)
     assert source.received.blocks(1)
     source.capture()
-    assert source.equals_source()
+    assert source.loses_nothing()

@@ -117,7 +117,7 @@ def test_points_of_a_disk_with_partitions_are_instants_of_all_of_them(
             assert before <= newest[0] <= after + 1
             writer.wait_for(after + 5)
     source.capture()
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_discards_and_raw_writes_on_partitions_are_seen(
@@ -129,7 +129,7 @@ def test_discards_and_raw_writes_on_partitions_are_seen(
     source.protect(disk)
     (ext4 / "big").write_bytes(os.urandom(8 * MIB))
     source.seed()
-    assert source.equals_source()
+    assert source.loses_nothing()
     (ext4 / "big").unlink()
     trim(ext4)
     with open(partition_node(disk, 3, tmp_path), "r+b") as raw:
@@ -142,7 +142,7 @@ def test_discards_and_raw_writes_on_partitions_are_seen(
     raw_block = RAW[0] * SECTOR_BYTES // BLOCK_BYTES
     assert {raw_block, raw_block + 1, raw_block + 2} <= source.received.blocks(0)
     source.capture()
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def trim(point: Path) -> None:

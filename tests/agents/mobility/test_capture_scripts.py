@@ -87,7 +87,7 @@ def test_scripts_decide_about_app_consistency(
         assert taken.consistency is Consistency.CRASH
         assert "exit code 3: busy" in taken.reason
     source.capture()
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_applications_go_on_as_soon_as_the_file_systems_do(
@@ -149,4 +149,4 @@ def test_capture_that_is_given_up_ends_and_thaws(
     source.capture()
     assert source.received.blocks(0)
     source.capture()
-    assert source.equals_source()
+    assert source.loses_nothing()

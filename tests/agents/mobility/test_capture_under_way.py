@@ -46,4 +46,4 @@ def test_a_write_under_way_stays_to_do_on_disk_when_there_is_no_point(
         store.go_on()
         writer.join(10)
     source.seed()
-    assert source.equals_source()
+    assert source.loses_nothing()

@@ -61,7 +61,7 @@ def test_busy_raw_disk_has_points_by_clones_of_its_image(
             writer.wait_for(writer.count + 3)
     assert os.listdir(store) == ["disk.img"]
     source.capture()
-    assert source.equals_source()
+    assert source.loses_nothing()
 
 
 def test_image_that_cannot_be_cloned_costs_the_point(
