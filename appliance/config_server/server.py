@@ -208,6 +208,7 @@ async def open_server(
                 health=service.health,
                 registry=service.registry,
                 clock=clock,
+                newest=nodes.book.newest,
             )
         )
         audit = Audit(database, clock)

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 from sqlalchemy import select
@@ -36,9 +37,21 @@ from replication.control.report import MachineReport
 from replication.errors import ReplicationError
 
 LOOK_SECONDS = 2.0
+READ_AT_ONCE_MAX = 200
 PART = "protection"
 
 _Signature = tuple[int, int, int]
+
+
+class _Looked(Protocol):
+    """What each look reads of every machine: a few columns, not the row as an object."""
+
+    @property
+    def id(self) -> uuid.UUID: ...
+    @property
+    def revision(self) -> int: ...
+    @property
+    def applier_id(self) -> uuid.UUID | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +118,17 @@ class Observer:
     async def _changed(self) -> list[uuid.UUID]:
         """Machines for which something follows from what is known."""
         async with self._database.reading() as session:
-            machines = (
-                await session.scalars(
-                    select(Machine).where(
-                        (Machine.state != State.UNPROTECTED) | (Machine.points == REMOVING)
-                    )
-                )
-            ).all()
-            heard = await self._hear(session, machines)
-            news = [
-                machine
-                for machine in machines
-                if self._seen.get(machine.id) != _signature(machine, heard) or _orders(machine)
+            rows = (await session.execute(_LOOKED_AT)).all()
+            heard = await self._hear(session, rows)
+            signatures = {row.id: _signature(row, heard) for row in rows}
+            wanted = [
+                row.id
+                for row in rows
+                if self._seen.get(row.id) != signatures[row.id] or row.resync_in_window
             ]
-            disks = await _disks(session, [machine.id for machine in news])
-        self._seen = {machine.id: _signature(machine, heard) for machine in machines}
+            news = await _machines(session, wanted)
+            disks = await _disks(session, wanted)
+        self._seen = signatures
         found = []
         for machine in news:
             with self._alone(machine.id):
@@ -161,7 +170,7 @@ class Observer:
             await self._ports.bump(session, sorted(tell))
 
     async def _hear(
-        self, session: AsyncSession, machines: Sequence[Machine]
+        self, session: AsyncSession, machines: Sequence[_Looked | Machine]
     ) -> dict[uuid.UUID, Heard]:
         """The newest reports of the machines' agents and appliers: what we heard ourselves, or what
         another config server wrote down.
@@ -191,20 +200,30 @@ async def _read_row(session: AsyncSession, node: uuid.UUID) -> _Row:
     return _Row(row.seen_ns, newest_of(row, None))
 
 
+async def _machines(session: AsyncSession, machines: Sequence[uuid.UUID]) -> list[Machine]:
+    found: list[Machine] = []
+    for some in _pieces(machines):
+        found += await session.scalars(select(Machine).where(Machine.id.in_(some)))
+    return found
+
+
 async def _disks(
     session: AsyncSession, machines: Sequence[uuid.UUID]
 ) -> dict[uuid.UUID, list[ProtectedDisk]]:
     found: dict[uuid.UUID, list[ProtectedDisk]] = {}
-    query = select(ProtectedDisk)
-    if len(machines) == 1:
-        query = query.where(ProtectedDisk.machine_id == machines[0])
-    if machines:
+    for some in _pieces(machines):
+        query = select(ProtectedDisk).where(ProtectedDisk.machine_id.in_(some))
         for disk in await session.scalars(query):
             found.setdefault(disk.machine_id, []).append(disk)
     return found
 
 
-def _signature(machine: Machine, heard: Mapping[uuid.UUID, Heard]) -> _Signature:
+def _pieces(machines: Sequence[uuid.UUID]) -> Iterator[Sequence[uuid.UUID]]:
+    for start in range(0, len(machines), READ_AT_ONCE_MAX):
+        yield machines[start : start + READ_AT_ONCE_MAX]
+
+
+def _signature(machine: _Looked | Machine, heard: Mapping[uuid.UUID, Heard]) -> _Signature:
     agent = heard.get(machine.id)
     applier = heard.get(machine.applier_id) if machine.applier_id else None
     return (
@@ -277,3 +296,8 @@ def _observe(
         store_of(applier, machine.id),
         skew_ns=agent.report.time_ns - agent.seen_ns,
     )
+
+
+_LOOKED_AT = select(
+    Machine.id, Machine.revision, Machine.applier_id, Machine.resync_in_window
+).where((Machine.state != State.UNPROTECTED) | (Machine.points == REMOVING))

@@ -1,15 +1,19 @@
 """Reading from the database what health depends on.
 
-Reports are large and most are the same as at the last look: only those that are newer are read.
+Reports are large and most are the same as at the last look: only those that are newer are read,
+and of those only what this config server has not heard itself.
 """
 
+import asyncio
 import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from appliance.config_server.nodes.report_book import Heard
 from appliance.config_server.protection.jobs import JobKind, JobState
 from appliance.config_server.protection.table import State as Protection
 from appliance.config_server.recovery.run import FailoverKind, FailoverState
@@ -44,11 +48,28 @@ class _Seen:
     report: Report | None
 
 
-class FactReader:
-    """Reads findings, and remembers the newest report of each node."""
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What one look has read; ``ends``, ``failed`` and ``failovers`` by node or machine."""
 
-    def __init__(self, database: Database) -> None:
+    nodes: Sequence[Any]
+    machines: Sequence[Any]
+    vcenters: Sequence[Any]
+    ends: Mapping[uuid.UUID, int]
+    failed: Mapping[uuid.UUID, str]
+    failovers: Mapping[uuid.UUID, FailoverFacts]
+    computes: set[uuid.UUID]
+
+
+class FactReader:
+    """Reads findings, and remembers the newest report of each node.
+
+    newest: what this config server has heard of a node.
+    """
+
+    def __init__(self, database: Database, newest: Callable[[uuid.UUID], Heard | None]) -> None:
         self._database = database
+        self._newest = newest
         self._reports: dict[uuid.UUID, _Seen] = {}
 
     async def read(self, now_ns: int) -> Findings:
@@ -64,41 +85,55 @@ class FactReader:
             )
             computes = set(vms)
             vcenters = (await session.execute(_VCENTERS)).all()
-            jobs = (
-                await session.execute(select(Job.state, func.count()).group_by(Job.state))
-            ).all()
-        used = {row.process_server_id for row in machines} | {row.applier_id for row in machines}
-        used |= computes
+            counted = await session.execute(select(Job.state, func.count()).group_by(Job.state))
+            job_counts = {state: count for state, count in counted}  # noqa: C416 - rows are no pairs
+        # In a thread: of a thousand machines it would keep every answer waiting.
+        return await asyncio.to_thread(
+            self._findings,
+            _Rows(nodes, machines, vcenters, ends, failed, failovers, computes),
+            job_counts,
+            now_ns,
+        )
+
+    def _findings(self, rows: _Rows, job_counts: dict[str, int], now_ns: int) -> Findings:
+        used = {row.process_server_id for row in rows.machines}
+        used |= {row.applier_id for row in rows.machines} | rows.computes
         return Findings(
             machines=tuple(
                 self._machine(
                     row,
-                    ends.get(row.id, 0),
-                    failed.get(row.id, ""),
-                    failovers.get(row.id, NO_FAILOVERS),
+                    rows.ends.get(row.id, 0),
+                    rows.failed.get(row.id, ""),
+                    rows.failovers.get(row.id, NO_FAILOVERS),
                 )
-                for row in machines
+                for row in rows.machines
             ),
             nodes=tuple(
-                self._node(row, ends.get(row.id, 0))
-                for row in nodes
-                if row.role != NodeRole.MACHINE and (row.id in used or ends.get(row.id, 0) > now_ns)
+                self._node(row, rows.ends.get(row.id, 0))
+                for row in rows.nodes
+                if row.role != NodeRole.MACHINE
+                and (row.id in used or rows.ends.get(row.id, 0) > now_ns)
             ),
             vcenters=tuple(
                 VCenterFacts(row.id, row.name, row.state, row.reason, row.seen_ns)
-                for row in vcenters
+                for row in rows.vcenters
             ),
-            job_counts={state: count for state, count in jobs},  # noqa: C416 - rows are no pairs
+            job_counts=job_counts,
         )
 
     async def _read_reports(self, session: AsyncSession, seen: dict[uuid.UUID, int]) -> None:
         """Afterwards there is one for every node that ever reported, and for no other."""
         self._reports = {node: held for node, held in self._reports.items() if node in seen}
-        newer = [
-            node
-            for node, seen_ns in seen.items()
-            if seen_ns and (node not in self._reports or self._reports[node].seen_ns != seen_ns)
-        ]
+        newer = []
+        for node, seen_ns in seen.items():
+            held = self._reports.get(node)
+            if not seen_ns or (held is not None and held.seen_ns == seen_ns):
+                continue
+            heard = self._newest(node)
+            if heard is not None and heard.seen_ns == seen_ns:
+                self._reports[node] = _Seen(seen_ns, heard.report)
+            else:
+                newer.append(node)
         for start in range(0, len(newer), REPORTS_AT_ONCE_MAX):
             some = newer[start : start + REPORTS_AT_ONCE_MAX]
             query = select(Node.id, Node.seen_ns, Node.report).where(Node.id.in_(some))
@@ -123,10 +158,9 @@ class FactReader:
             received_ns=held.seen_ns if held else 0,
             certificate_ns=certificate_ns,
             failed_job=failed_job,
-            failovers=replace(
-                failovers,
-                uncommitted_since_ns=row.since_ns if row.state == Protection.FAILED_OVER else 0,
-            ),
+            failovers=replace(failovers, uncommitted_since_ns=row.since_ns)
+            if row.state == Protection.FAILED_OVER
+            else failovers,
         )
         return MachineRow(facts, row.process_server_id, row.applier_id)
 

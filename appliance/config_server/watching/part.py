@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
+from appliance.config_server.nodes.report_book import Heard
 from appliance.config_server.store.engine import Database
 from appliance.config_server.watching.alerts import AlertMailer
 from appliance.config_server.watching.config import SmtpConfig, WatchingConfig
@@ -40,10 +42,11 @@ def open_watching(
     health: Health,
     registry: CollectorRegistry,
     clock: Callable[[], int],
+    newest: Callable[[uuid.UUID], Heard | None],
 ) -> Iterator[Watching]:
     """Raises ConfigError where the SMTP password or CA cannot be read."""
     check(smtp)
-    watcher = Watcher(database, config, health, clock)
+    watcher = Watcher(database, config, health, clock, newest)
     mailer = AlertMailer(database, smtp, watcher, health, clock)
     measures = RequestMeasures(registry)
     collector = WatchCollector(watcher, mailer)

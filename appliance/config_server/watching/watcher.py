@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from appliance.config_server.nodes.report_book import Heard
 from appliance.config_server.store.engine import Database
 from appliance.config_server.watching.assessment import (
     Assessment,
@@ -54,6 +55,7 @@ class Watcher:
 
     assessment: empty until the first look is done.
     look_seconds: what the newest look took.
+    newest: what this config server has heard of a node; the rest is read from the table.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Watcher:
         config: WatchingConfig,
         health: Health,
         clock: Callable[[], int] = time.time_ns,
+        newest: Callable[[uuid.UUID], Heard | None] = lambda _node: None,
     ) -> None:
         self.holder = uuid.uuid4().hex
         self.assessment = Assessment()
@@ -71,7 +74,7 @@ class Watcher:
         self._config = config
         self._health = health
         self._clock = clock
-        self._reader = FactReader(database)
+        self._reader = FactReader(database, newest)
         self._memory = Memory()
         self._held: _Held | None = None
         self._pruned_at = -PRUNE_SECONDS

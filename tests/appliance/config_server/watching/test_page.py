@@ -41,6 +41,7 @@ def test_page_lists_each_metric_of_the_config_server_and_no_other(tmp_path: Path
         health=Health(),
         registry=registry,
         clock=lambda: 0,
+        newest=lambda _node: None,
     ):
         made = {
             f"{metric.name}_total" if metric.type == "counter" else metric.name
