@@ -143,6 +143,11 @@ def text_or_dash(value: Any) -> str:
     return "-" if value is None or value == "" else str(value)
 
 
+def first_line(text: Any) -> str:
+    """Of a text that may have several, or be absent."""
+    return str(text or "").split("\n", 1)[0]
+
+
 def size(size_bytes: int | None) -> str:
     """In the unit that suits: ``512 B``, ``4.0 GiB``."""
     if size_bytes is None:
