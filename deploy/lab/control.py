@@ -19,7 +19,7 @@ from daemon.identity import is_enrolled
 from deploy.lab.layout import VCENTER_USER, Layout
 from deploy.lab.process import Background
 from replication.control.enrolment import PassphraseKind
-from replication.errors import ConflictError, ReplicationError, UnavailableError
+from replication.errors import ReplicationError, UnavailableError
 
 OPERATOR = "lab-operator"
 POLICY = "lab"
@@ -138,12 +138,12 @@ class Operator:
     def protect(self, names: Sequence[str], seconds_max: float = JOB_SECONDS_MAX) -> None:
         """Protect machines that are not, and wait for the jobs; raises what the first one says."""
         with ApiClient(self.sign_in()) as api:
-            jobs = {}
-            for name in names:
-                try:
-                    jobs[name] = api.post(f"/machines/{name}/protect", {"policy": POLICY})["id"]
-                except ConflictError:
-                    continue  # protected by an earlier run
+            unprotected = {row["name"] for row in api.items("/machines", {"unprotected": True})}
+            jobs = {
+                name: api.post(f"/machines/{name}/protect", {"policy": POLICY})["id"]
+                for name in names
+                if name in unprotected
+            }
             deadline = time.monotonic() + seconds_max
             while jobs:
                 for name, job_id in list(jobs.items()):

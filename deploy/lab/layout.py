@@ -21,7 +21,7 @@ ACCOUNT = "understudylab"
 _NAMESPACE = uuid.UUID("7a0f9c9e-6d0e-4f59-9a1b-6f2f60a3c1d4")
 _MIB = 1 << 20
 
-GUESTS = f"""\
+_VCENTER = f"""\
 root_folder = "{{root}}/vsphere"
 
 [vcenter]
@@ -34,6 +34,9 @@ password_file = "{{root}}/keys/vcenter.password"
 name = "datastore1"
 folder = "{{root}}/datastore1"
 
+"""
+
+_GUESTS = f"""\
 [[guests]]
 name = "web-01"
 disks = [{{{{ name = "root", size_bytes = {2048 * _MIB}, file_system = "ext4" }}}}]
@@ -143,16 +146,13 @@ class Layout:
         """Where a node keeps its key, its certificate and what it was told."""
         return self.path("identity", node)
 
-    def make_guests(self, image: str) -> None:
-        """Write the vSphere emulator's file.
-
-        image: the bootable disk image, of which one guest's disk is a copy.
-        """
+    def make_guests(self, guests: str) -> None:
+        """Write the vSphere emulator's file. ``guests``: that part of it, see `lab_guests`."""
         self._secret("vcenter.password", secrets.token_urlsafe(18).encode())
         _write(
             self.config("vsphere"),
-            GUESTS.format(root=self.root, vcenter_port=self.ports.vcenter, image=image)
-            + f"\n[service]\nhealth_port = {self.ports.health(3)}\n",
+            _VCENTER.format(root=self.root, vcenter_port=self.ports.vcenter)
+            + f"{guests}\n[service]\nhealth_port = {self.ports.health(3)}\n",
         )
 
     def make(self) -> None:
@@ -242,6 +242,11 @@ class Layout:
             _write(path, made.decode() + "\n", mode=0o600)
         with open(path, encoding="ascii") as file:
             return file.read().strip()
+
+
+def lab_guests(image: str) -> str:
+    """The lab's guests as TOML. ``image``: the bootable disk image that one's disk is a copy of."""
+    return _GUESTS.format(image=image)
 
 
 def machine_id(guest: str) -> uuid.UUID:

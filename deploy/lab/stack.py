@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from agents.mobility.tracker.pins import remove_machine
 from deploy.lab.control import Operator
-from deploy.lab.layout import Layout, machine_id
+from deploy.lab.layout import Layout, lab_guests, machine_id
 from deploy.lab.process import Background
 from replication.errors import ReplicationError, StorageError, UnavailableError
 from vsphere_emu.guest import Guest
@@ -101,7 +101,7 @@ class Stack:
         """
         image = ensure_image(default_recipe(), cache_folder(), tell=tell)
         self.layout.make()
-        self.layout.make_guests(image)
+        self.layout.make_guests(lab_guests(image))
         return self.layout.guests()
 
     def start_control(self) -> None:
