@@ -1,6 +1,7 @@
 """From a recovery point to a disk that can be written, and to a machine that has answered."""
 
 import asyncio
+import statistics
 import subprocess
 import time
 import uuid
@@ -13,7 +14,9 @@ from tests.azure_emu.compute.site import Place as Site
 from tests.azure_emu.compute.site import running
 from tests.bench.figure import AtMost, Row, percentile, spread
 from tests.bench.place import GIB, MIB, Place
+from tests.deploy.small_site import SmallSite, ended, plan_of, small_site
 
+PLAN_MACHINES = 10
 SIZES = (GIB, 4 * GIB, 16 * GIB, 64 * GIB, 256 * GIB)
 
 
@@ -89,3 +92,43 @@ async def _answer_seconds(folder: Path) -> float:
         return seconds
     finally:
         await site.clear()
+
+
+def measure_plan(where: Place) -> list[Row]:
+    """A test failover of 10 machines by a plan, to that of one of them."""
+    count = 3 if where.quick else PLAN_MACHINES
+    names = tuple(f"guest-{number:02}" for number in range(count))
+    one, all_of_them = [], []
+    with small_site(where.folder, names, busy=False) as site:
+        for number in range(1 if where.quick else 3):
+            where.rest()
+            one.append(_plan_seconds(site, f"one-{number}", names[:1]))
+            where.rest()
+            all_of_them.append(_plan_seconds(site, f"all-{number}", names))
+    ratios = [many / single for many, single in zip(all_of_them, one, strict=True)]
+    return [
+        Row(
+            figure=f"test failover of {count} machines by a plan, to that of one",
+            unit="times",
+            target=AtMost(6.0),
+            measured=statistics.median(ratios),
+            limit=float(count),
+            limit_is="one after the other",
+            note=f"{spread(ratios)}; one {spread(one)} s, {count} together {spread(all_of_them)} s "
+            "to the last one's check, two boot at once",
+        )
+    ]
+
+
+def _plan_seconds(site: SmallSite, plan: str, names: tuple[str, ...]) -> float:
+    """From the order to the end of the job: all are up and have been checked."""
+    with site.operator() as api:
+        api.post("/plans", plan_of(plan, names))
+        began = time.monotonic()
+        ended(api, api.post(f"/plans/{plan}/runs", {"kind": "test"})["id"])
+        seconds = time.monotonic() - began
+        (run,) = api.items(f"/plans/{plan}/runs")
+        up = api.get(f"/runs/{run['id']}")["failovers"]
+        assert [each["state"] for each in up] == ["up"] * len(names), up
+        ended(api, api.post(f"/runs/{run['id']}/cleanup", {"notes": ""})["id"])
+    return seconds

@@ -37,4 +37,5 @@ BENCHMARKS: Mapping[str, Callable[[Place], list[Row]]] = {
     "resync": resync.measure,
     "disks": recovery.measure_disks,
     "boots": recovery.measure_boots,
+    "plan": recovery.measure_plan,
 }
