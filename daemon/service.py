@@ -22,6 +22,7 @@ from prometheus_client.exposition import generate_latest
 from pydantic import Field
 
 from daemon.config import Section
+from daemon.heap import MAPPED_BYTES_MIN, bound_heap
 from daemon.log import configure_log
 from replication.errors import ConfigError, ReplicationError
 
@@ -90,9 +91,17 @@ def notify(message: str) -> None:
 
 
 def run_daemon(
-    name: str, config: ServiceConfig, serve: Callable[[Service], Awaitable[None]]
+    name: str,
+    config: ServiceConfig,
+    serve: Callable[[Service], Awaitable[None]],
+    *,
+    mapped_bytes_min: int = MAPPED_BYTES_MIN,
 ) -> int:
-    """Run ``serve`` to its end and return the process's exit code."""
+    """Run ``serve`` to its end and return the process's exit code.
+
+    mapped_bytes_min: see `bound_heap`; its limits hold for every daemon, before it has a thread.
+    """
+    bound_heap(mapped_bytes_min)
     configure_log(daemon=name, as_json=config.log_json, level=config.log_level)
     exit_code = 0
     try:

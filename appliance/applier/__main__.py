@@ -22,7 +22,6 @@ from appliance.applier.shared import Shared
 from daemon.control_client import ControlClient
 from daemon.durable import make_folder, storage_error, write_whole
 from daemon.enrolment import add_enrol_options, enrol_command
-from daemon.heap import bound_heap
 from daemon.service import Service, fail, run_daemon
 from replication.control.assignment import ApplierAssignment
 from replication.control.role import NodeRole
@@ -41,7 +40,6 @@ def main() -> int:
     parser.add_argument("action", nargs="?", choices=("run", "enrol"), default="run")
     add_enrol_options(parser)
     arguments = parser.parse_args()
-    bound_heap()
     try:
         config = ApplierConfig.load(arguments.config)
     except ReplicationError as error:

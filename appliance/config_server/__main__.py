@@ -16,7 +16,6 @@ from appliance.config_server.identity.administration import (
     show_passphrase,
 )
 from appliance.config_server.tokens import DAYS_DEFAULT, DAYS_MAX
-from daemon.heap import bound_heap
 from daemon.service import fail, run_daemon
 from replication.control.enrolment import PassphraseKind
 from replication.control.role import OperatorRole
@@ -36,7 +35,6 @@ def main() -> int:
             # Not for its commands: what only the daemon needs takes a second to load.
             from appliance.config_server.serving import serve  # noqa: PLC0415
 
-            bound_heap()
             sys.setswitchinterval(SWITCH_SECONDS)
             return run_daemon(
                 "config-server", config.service, lambda service: serve(service, config)

@@ -21,7 +21,6 @@ from appliance.process_server.upload_budget import UploadBudget
 from appliance.process_server.uploader import Uploader
 from appliance.process_server.watcher import Watcher
 from daemon.enrolment import add_enrol_options, enrol_command
-from daemon.heap import bound_heap
 from daemon.service import Health, Service, fail, run_daemon
 from replication.control.role import NodeRole
 from replication.errors import IntegrityError, ReplicationError
@@ -139,8 +138,12 @@ def main() -> int:
     if options.action == "enrol":
         names = config.listen.certificate_names()
         return enrol_command(options, config.control, NodeRole.PROCESS_SERVER, names=names)
-    bound_heap(HEAP_MAPPED_BYTES_MIN)
-    return run_daemon("process-server", config.service, lambda service: serve(service, config))
+    return run_daemon(
+        "process-server",
+        config.service,
+        lambda service: serve(service, config),
+        mapped_bytes_min=HEAP_MAPPED_BYTES_MIN,
+    )
 
 
 if __name__ == "__main__":

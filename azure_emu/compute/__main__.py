@@ -17,7 +17,6 @@ from daemon.control_client import ControlClient
 from daemon.durable import make_folder
 from daemon.enrolment import add_enrol_options, enrol_command
 from daemon.folder_lock import FolderLock
-from daemon.heap import bound_heap
 from daemon.service import Service, fail, run_daemon
 from replication.control.assignment import ComputeAssignment
 from replication.control.recovery import EvidenceKind
@@ -43,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     disks.add_argument("name", help="the file to write, or the snapshot's name")
     actions.add_parser("clear", help="remove every VM, disk and network (the daemon does not run)")
     options = parser.parse_args(arguments)
-    bound_heap()
     try:
         config = ComputeConfig.load(options.config)
         if options.action == "disk":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from daemon.heap import ARENAS_MAX
 from daemon.service import UNEXPECTED_EXIT_CODE, Health
 
 # A daemon whose behaviour is named by its first argument; it tells what it does on stdout.
@@ -196,3 +197,39 @@ def test_worst_report_is_the_state_and_it_can_be_taken_back() -> None:
     assert health.state == "warning"
     health.report("a")
     assert (health.state, health.warnings, health.criticals) == ("normal", {}, {})
+
+
+ARENAS = """
+import asyncio, ctypes, sys, threading
+from daemon.service import Service, ServiceConfig, run_daemon
+
+async def serve(service: Service) -> None:
+    met = threading.Barrier(8)
+
+    def take() -> None:
+        met.wait()
+        kept = [bytes(65536 + n) for n in range(50)]
+        met.wait()
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    libc = ctypes.CDLL(None)
+    libc.fopen.restype = ctypes.c_void_p
+    libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.fclose.argtypes = [ctypes.c_void_p]
+    file = libc.fopen(sys.argv[1].encode(), b"w")
+    libc.malloc_info(0, file)
+    libc.fclose(file)
+
+sys.exit(run_daemon("tested", ServiceConfig(), serve))
+"""
+
+
+def test_the_heap_of_a_daemon_has_few_arenas(tmp_path: Path) -> None:
+    told = tmp_path / "heap.xml"
+    command = [sys.executable, "-c", ARENAS, str(told)]
+    assert subprocess.run(command, check=False, capture_output=True, timeout=60).returncode == 0
+    assert 1 <= told.read_text().count("<heap nr=") <= ARENAS_MAX
