@@ -40,7 +40,7 @@ from replication.stream import (
 
 BACKOFF_SECONDS_MIN = 0.2
 CONNECT_SECONDS_MAX = 10.0
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 256 << 10
 LOOK_SECONDS = 1.0
 STOPPING = "the agent is stopping; the changeset is taken anew later"
 CORRUPTED_TRIES_MAX = 5

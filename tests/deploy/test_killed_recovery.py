@@ -1,5 +1,6 @@
 """Any part of the second site may die while machines are failed over, and nothing is done twice."""
 
+import json
 import random
 import threading
 from collections.abc import Iterator
@@ -7,11 +8,21 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from azure.storage.blob import BlobServiceClient
 
+from appliance.applier.cache_account import API_VERSION_DEFAULT
 from appliance.cli.api_client import ApiClient
 from azure_emu.compute.launch import mark_of
 from azure_emu.compute.process import find_processes
+from deploy.lab.layout import machine_id
 from deploy.lab.process import Background
+from deploy.lab.stack import wait_for
+from replication.cache_layout import (
+    blob_number,
+    container_last,
+    machine_prefix,
+    manifest_number,
+)
 from replication.errors import ReplicationError
 from tests.deploy.small_site import SmallSite, ended, plan_of, restart, small_site
 
@@ -20,10 +31,87 @@ CALM_SECONDS = (1.0, 5.0)
 SITE_SECONDS_MAX = 900
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[SmallSite]:
-    with small_site(tmp_path, NAMES, busy=True) as up:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallSite]:
+    with small_site(tmp_path_factory.mktemp("killed"), NAMES, busy=True) as up:
         yield up
+
+
+class Cache:
+    """The changesets of a machine in the cache storage account, which no applier takes now."""
+
+    def __init__(self, service: BlobServiceClient, machine: str) -> None:
+        self._service = service
+        self._prefix = machine_prefix(machine_id(machine))
+
+    def newest(self) -> int:
+        """The number of the newest changeset that has a manifest; 0: none has."""
+        return max((manifest_number(name) or 0 for _, name in self._blobs()), default=0)
+
+    def lose(self, number: int, what: str) -> None:
+        """Delete a changeset's manifest, or one of its segments."""
+        container, name = next(
+            (container, name)
+            for container, name in self._blobs()
+            if blob_number(name) == number and name.startswith(f"{what}/")
+        )
+        self._service.get_blob_client(container, name).delete_blob()
+
+    def _blobs(self) -> Iterator[tuple[str, str]]:
+        for container in self._service.list_containers(name_starts_with=self._prefix):
+            if container_last(container.name) is not None:
+                client = self._service.get_container_client(container.name)
+                yield from ((container.name, blob.name) for blob in client.list_blobs())
+
+
+@pytest.fixture
+def cache(site: SmallSite) -> Iterator[Cache]:
+    connection = Path(site.layout.path("keys", "cache.connection")).read_text().strip()
+    with BlobServiceClient.from_connection_string(
+        connection, api_version=API_VERSION_DEFAULT
+    ) as service:
+        yield Cache(service, "first")
+
+
+def applied(site: SmallSite, machine: str) -> int:
+    """The number of the newest changeset that its agent knows to be applied."""
+    news = site.stack.news(machine)
+    return int(news.applied.rpartition(".")[2]) if news and news.applied else 0
+
+
+def stop(part: Background) -> None:
+    part.kill()
+    wait_for(f"the end of {part.name}", lambda: part.pid() is None, 10.0, 0.02)
+
+
+@pytest.mark.timeout(SITE_SECONDS_MAX)
+@pytest.mark.parametrize("lost", ["manifest", "segment"])
+def test_what_is_not_whole_gives_way_to_the_last_that_is_and_that_is_told(
+    site: SmallSite, cache: Cache, lost: str
+) -> None:
+    stack = site.stack
+    stop(stack.applier)
+    before = applied(site, "first")
+    number = before + 2
+    # The one after it comes seconds later: all have been told of it by then.
+    wait_for("some more changesets in the cache", lambda: cache.newest() > number, 90.0)
+    stop(stack.process_server)  # which would put again what is missing
+    cache.lose(number, lost)
+    stack.applier.start()
+    stack.applier.wait_ready()
+    with site.operator() as api:
+        asked = {"kind": "unplanned", "wait_seconds": 5, "shut_down": False}
+        job = ended(api, api.post("/machines/first/failovers", asked)["id"])
+        notes = {step["name"]: step["note"] for step in job["steps"]}
+        assert "first: the newest processed point" in notes["hold the points"]
+        moved = is_up_once(site, api, "first")
+        told = Path(site.layout.path("points", "first", moved["point"], "point.json")).read_text()
+        taken = int(json.loads(told)["stamp"].rpartition(".")[2])
+        assert before <= taken < number
+        ended(api, api.post(f"/failovers/{moved['id']}/cancel", {})["id"])
+    stack.process_server.start()
+    stack.process_server.wait_ready()
+    wait_for("what was lost, put again", lambda: applied(site, "first") >= number, 90.0)
 
 
 class Killing:
