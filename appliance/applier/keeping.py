@@ -230,7 +230,7 @@ class Keeping:
         rate = self._config.scrub_bytes_per_second
         earned = min(SLICE_BYTES_MAX, int(rate * (now - self._scrubbed_at)))
         self._scrubbed_at = now
-        if earned:
+        if earned and self.restorable_ns:  # without a point there is nothing yet to look after
             done_bytes, findings = await settled(self._scrub.run, self._store, earned)
             self._metrics.scrubbed_bytes.labels(self._target().name).inc(done_bytes)
             self._take(findings)

@@ -47,6 +47,17 @@ class ShareOfLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class NoTarget:
+    """Nothing is aimed at: to be known."""
+
+    def is_met(self, _measured: float, _limit: float | None) -> bool:
+        return True
+
+    def told(self) -> str:
+        return "none"
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One line of the table.
 
@@ -59,7 +70,7 @@ class Row:
 
     figure: str
     unit: str
-    target: AtLeast | AtMost | ShareOfLimit
+    target: AtLeast | AtMost | ShareOfLimit | NoTarget
     measured: float
     limit: float | None = None
     limit_is: str = ""

@@ -1,7 +1,8 @@
 """Base and layers of one disk flattened into one map: where each block lives.
 
 Eight bytes a block; a map of a large disk lies in an unlinked file, so that it costs disk cache
-rather than memory, where the disk has room for it.
+rather than memory, where the disk has room for it. What nothing lies under is not written to: of a
+disk with little on it, little of the map takes room.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ ANONYMOUS_BYTES_MAX = 256 << 20
 """The map of a disk of 128 GiB; only what layers touch takes memory."""
 
 EXPAND_BLOCKS_MAX = 1 << 18
+WINDOW_BLOCKS = 1 << 16
+"""It is remembered of each 256 MiB whether there is anything that zeros could hide."""
+
 _LONG_EXTENT_BLOCKS = 256
 
 
@@ -49,7 +53,13 @@ class BlockMap:
     """
 
     def __init__(
-        self, layers: Sequence[Layer], disk: int, block_count: int, scratch_folder: str
+        self,
+        layers: Sequence[Layer],
+        disk: int,
+        block_count: int,
+        scratch_folder: str,
+        *,
+        has_base: bool,
     ) -> None:
         per_layer = [layer.extents().of_disk(disk) for layer in layers]
         used = [len(extents.with_data()) > 0 for extents in per_layer]
@@ -64,6 +74,7 @@ class BlockMap:
         self.sources: npt.NDArray[np.int64] = _memory(block_count * 8, scratch_folder).view(
             np.int64
         )
+        self._covers = np.full(-(-block_count // WINDOW_BLOCKS), has_base)
         raw = digests.data
         for layer, extents, first, count in zip(
             layers, per_layer, self.starts.tolist(), counts, strict=False
@@ -82,9 +93,11 @@ class BlockMap:
             blocks[long].tolist(), counts[long].tolist(), values[long].tolist(), strict=True
         ):
             if value == IS_ZERO:
-                sources[block : block + count] = IS_ZERO
+                self._paint_zeros(block, block + count)
             else:
                 sources[block : block + count] = np.arange(value, value + count)
+        is_data = (values != IS_ZERO) & (counts > 0)
+        self._cover(blocks[is_data], counts[is_data])
         blocks, counts, values = blocks[~long], counts[~long], values[~long]
         at_once = max(1, EXPAND_BLOCKS_MAX // _LONG_EXTENT_BLOCKS)
         if len(counts) and int(counts.max()) == 1:
@@ -94,6 +107,24 @@ class BlockMap:
             repeat = counts[part]
             nth = np.arange(int(repeat.sum())) - np.repeat(np.cumsum(repeat) - repeat, repeat)
             sources[np.repeat(blocks[part], repeat) + nth] = np.repeat(values[part], repeat) + nth
+
+    def _cover(self, blocks: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> None:
+        """Remember in which windows these extents have something."""
+        windows = len(self._covers) + 1
+        begin = np.bincount(blocks // WINDOW_BLOCKS, minlength=windows)
+        end = np.bincount(-(-(blocks + counts) // WINDOW_BLOCKS), minlength=windows)
+        self._covers |= np.cumsum(begin - end)[:-1] > 0
+
+    def _paint_zeros(self, block: int, end: int) -> None:
+        """Where neither base nor layer has anything, a block reads as zeros already."""
+        if end <= block:
+            return
+        first = block // WINDOW_BLOCKS
+        covers = self._covers[first : -(-end // WINDOW_BLOCKS)]
+        edges = np.flatnonzero(np.diff(covers.view(np.int8), prepend=0, append=0)) + first
+        for begins, ends in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            place = slice(max(block, begins * WINDOW_BLOCKS), min(end, ends * WINDOW_BLOCKS))
+            self.sources[place] = IS_ZERO
 
     def layer_of(self, source: int) -> tuple[int, int]:
         """Which layer holds ``source``, and its data block number there."""

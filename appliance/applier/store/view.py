@@ -72,7 +72,11 @@ class View:
         self._layers = layers
         self._pin = pin
         self._map = BlockMap(
-            layers, shape.index, self.block_count, os.path.join(folder, "incoming")
+            layers,
+            shape.index,
+            self.block_count,
+            os.path.join(folder, "incoming"),
+            has_base=base is not None,
         )
 
     def read(self, offset: int, length: int) -> bytes:

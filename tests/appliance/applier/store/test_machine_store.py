@@ -8,7 +8,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from appliance.applier.store import MachineStore, open_reader
+from appliance.applier.store import MachineStore, block_map, open_reader
 from replication.bookmark import Bookmark, Consistency, DiskShape, Stamp
 from replication.errors import (
     ConfigError,
@@ -152,6 +152,12 @@ steps = st.lists(
 def test_every_point_equals_its_image_whatever_is_merged_and_folded(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str], seed: int
 ) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(block_map, "WINDOW_BLOCKS", 7)  # so that these disks have several
+        _follow(tmp_path_factory, steps, seed)
+
+
+def _follow(tmp_path_factory: pytest.TempPathFactory, steps: list[str], seed: int) -> None:
     machine = RecordedMachine(str(tmp_path_factory.mktemp("store")), seed)
     store = machine.open()
     try:
@@ -180,6 +186,37 @@ def test_every_point_equals_its_image_whatever_is_merged_and_folded(
         assert store.verify() == []
     finally:
         store.close()
+
+
+SPARSE = """
+import sys
+from appliance.applier.store import MachineStore
+from replication.bookmark import Bookmark, Consistency, DiskShape, Stamp
+from tests.appliance.applier.store.recorded_machine import BLOCK, MACHINE
+
+def resident_bytes():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+blocks = 1 << 24
+with MachineStore.open(sys.argv[1], MACHINE) as store:
+    with store.begin() as writer:
+        writer.zero(0, 0, blocks // 2, 0)
+        writer.write(0, blocks // 2, 1, b"x" * BLOCK)
+        writer.zero(0, blocks // 2 + 1, blocks // 2 - 1, 2)
+        bookmark = Bookmark(Stamp(1, 1), 1, Consistency.CRASH)
+        writer.seal(bookmark, 0, b"b" * 16, [DiskShape(0, "sda", blocks * BLOCK)])
+    before = resident_bytes()
+    with store.open_view(1, 0) as view:
+        assert view.read((blocks // 2 - 1) * BLOCK, 3 * BLOCK).count(b"x") == BLOCK
+        grown = resident_bytes() - before
+    assert grown < 16 << 20, grown
+"""
+
+
+def test_a_view_of_a_sparse_disk_takes_little_memory(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SPARSE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_view_stays_readable_while_its_layers_are_merged_and_folded(tmp_path: Path) -> None:
