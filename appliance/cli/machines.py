@@ -74,6 +74,8 @@ def _list(*, as_json: bool) -> None:
             Column("health", "health_state", style=state_style),
             Column("RPO durable", "rpo_durable_seconds", span, right=True),
             Column("restorable", "rpo_restorable_seconds", span, right=True),
+            Column("points", "point_count", right=True),
+            Column("space", "space_bytes", size, right=True),
             Column("policy", "policy", text_or_dash),
             Column("why", "why", wraps=True),
         ),
@@ -154,6 +156,8 @@ def _show(name: str, *, as_json: bool) -> None:
             ("RPO restorable", span(machine.get("rpo_restorable_seconds"))),
             ("process server", text_or_dash(machine.get("process_server"))),
             ("applier", text_or_dash(machine.get("applier"))),
+            ("recovery points", str(machine.get("point_count", 0))),
+            ("space they take", size(machine.get("space_bytes"))),
         ]
     )
     for reason in health.get("reasons") or []:

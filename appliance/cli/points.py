@@ -20,6 +20,7 @@ from appliance.cli.output import (
     print_json,
     print_line,
     print_rows,
+    size,
     span,
 )
 from appliance.cli.sign_in import find_sign_in
@@ -39,6 +40,7 @@ def list_points(machine: MachineName, *, store: Store = None, as_json: AsJson = 
         return
     with connect() as api:
         found = api.items(f"/machines/{part(machine)}/points")
+        space_bytes = api.get(f"/machines/{part(machine)}")["space_bytes"]
     if as_json:
         print_json(found)  # the newest first, as the API has them
         return
@@ -56,6 +58,9 @@ def list_points(machine: MachineName, *, store: Store = None, as_json: AsJson = 
         as_json=False,
         none=f"{machine} has no recovery point yet.",
     )
+    if found:
+        # A point takes what it changed until it is merged with others.
+        print_line(f"{len(found)} points, {size(space_bytes)} at the applier", style="dim")
 
 
 @app.command()

@@ -167,7 +167,7 @@ def test_a_machine_fails_over_goes_to_another_point_and_back(boss: Person) -> No
 def test_points_are_listed_and_locked(boss: Person) -> None:
     assert [point["name"] for point in boss.reads("points", "web-1")] == ["newest", "newer", "old"]
     lines = boss.sees("points", "web-1").splitlines()
-    assert [line.split()[0] for line in lines] == ["point", "old", "newer", "newest"]
+    assert [line.split()[0] for line in lines] == ["point", "old", "newer", "newest", "3"]
     assert "cannot be deleted before" in boss.sees(
         "points", "lock", "web-1", "old", "--until", "30d"
     )

@@ -104,6 +104,8 @@ class MachineDocument(BaseModel):
 
     cause, reason: why a resync is required, or is under way.
     job:           the one that is at work on it.
+    point_count, space_bytes: its recovery points, and what they take at the applier; as that said
+        last.
     rpo_…_seconds: none while there is nothing to restore.
     health:        none until the config server has looked for the first time.
     """
@@ -118,6 +120,8 @@ class MachineDocument(BaseModel):
     process_server: str | None = None
     applier: str | None = None
     points: str = ""
+    point_count: int = 0
+    space_bytes: int = 0
     job: str | None = None
     revision: int = 0
     seen_ns: int
@@ -296,6 +300,9 @@ async def _document(
         document.rpo_durable_seconds = rpo.durable_seconds
         document.rpo_restorable_seconds = rpo.restorable_seconds
         document.health = HealthDocument.of(assessed.health)
+        if assessed.facts.store is not None:
+            document.point_count = assessed.facts.store.point_count
+            document.space_bytes = assessed.facts.store.space_bytes
     return document
 
 

@@ -42,6 +42,8 @@ async def test_health_of_everything(tmp_path: Path) -> None:
             ("process-server", "ps-1"),
             ("machine", "db-01"),
         ]
+        machine = await read(reader, f"machines/{MACHINE}")
+        assert (machine["point_count"], machine["space_bytes"]) == (3, 10 << 30)
         (reason,) = told["unwell"][0]["health"]["reasons"]
         assert reason["code"] == "cpu-high"
         assert reason["message"] == "CPU use is 97 %"

@@ -63,7 +63,11 @@ def applier_report(now_ns: int) -> ApplierReport:
     return ApplierReport(
         time_ns=now_ns,
         free_bytes=100 << 30,
-        stores=(StoreReport(machine=MACHINE, newest_ns=now_ns - 7 * NS, space_bytes=10 << 30),),
+        stores=(
+            StoreReport(
+                machine=MACHINE, newest_ns=now_ns - 7 * NS, point_count=3, space_bytes=10 << 30
+            ),
+        ),
     )
 
 
