@@ -6,8 +6,9 @@ Conventions for who adds a part (`identity`, `discovery`, `protection`, `watchin
   `clock`, `health`, `registry`, other parts), never the whole Server. Add one line to
   ``open_server`` and one field to ``Server``.
 - What runs all the time is an ``async def name(server: Server) -> None`` that ends when it is
-  cancelled. Add it to ``BACKGROUND``. One that raises ends the daemon, so handle what is to be
-  expected (report it through ``server.health``) and raise only defects.
+  cancelled. Add it to ``BACKGROUND``. One that raises ends the daemon, and with it all that people
+  and nodes ask for: so what comes round is done by ``rounds.go_round``, which tells the health
+  what goes wrong, defects too, and tries again. A damaged database alone is raised.
 - A long poll waits for its news or for ``server.stop``, whichever is first.
 - ``server.clock()`` is the time: nanoseconds since 1970.
 - Reads: ``async with server.database.reading() as session``. Changes that somebody asks for:

@@ -23,6 +23,7 @@ from sqlalchemy.engine import make_url
 
 from appliance.config_server.protection.performance import Ending, Performer
 from appliance.config_server.store.connection import sqlite_path
+from appliance.config_server.store.trouble import explained
 
 APPLICATION = "understudy"
 APPLICATION_VERSION = "1"
@@ -58,11 +59,14 @@ class Workflows:
 
     async def start(self, job_id: str) -> None:
         """Begin a job's workflow, unless it was begun before, here or elsewhere."""
-        await asyncio.to_thread(self._start, job_id)
+        with explained():
+            await asyncio.to_thread(self._start, job_id)
 
     async def recover(self, instances: Iterable[str]) -> int:
         """Take over what config servers that are dead had under way; how much it was."""
-        handles = await asyncio.to_thread(DBOS._recover_pending_workflows, list(instances))  # noqa: SLF001
+        recover = DBOS._recover_pending_workflows  # noqa: SLF001
+        with explained():
+            handles = await asyncio.to_thread(recover, list(instances))
         return len(handles)
 
     async def restart(self, job_id: str, alive: Container[str]) -> None:
@@ -70,13 +74,15 @@ class Workflows:
 
         alive: config servers whose work is theirs.
         """
-        status = await asyncio.to_thread(DBOS.get_workflow_status, job_id)
+        with explained():
+            status = await asyncio.to_thread(DBOS.get_workflow_status, job_id)
         if status is not None and status.status in _OPEN:
             if status.status == "PENDING" and (status.executor_id or "") not in alive:
                 await self.recover([status.executor_id or ""])
             return
         if status is not None:
-            await asyncio.to_thread(DBOS.delete_workflow, job_id)
+            with explained():
+                await asyncio.to_thread(DBOS.delete_workflow, job_id)
         await self.start(job_id)
 
     def _start(self, job_id: str) -> None:

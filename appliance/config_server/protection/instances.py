@@ -6,7 +6,6 @@ monotonic clock: wall clocks of two hosts may differ.
 Source: docs/CONTROL.md §9.
 """
 
-import asyncio
 import os
 import secrets
 import socket
@@ -20,11 +19,11 @@ from sqlalchemy import delete, select
 from appliance.config_server.protection.config import JobsConfig
 from appliance.config_server.protection.durable import Workflows
 from appliance.config_server.protection.jobs import OPEN
+from appliance.config_server.rounds import Trouble, go_round
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.schema import Instance, Job
 from daemon.durable import write_whole
 from daemon.service import Health
-from replication.errors import ReplicationError
 
 ID_FILE = "instance"
 ID_BYTES = 8
@@ -75,16 +74,13 @@ class Watch:
         self._others: dict[str, _Seen] = {}
 
     async def run(self, health: Health) -> None:
-        """Until it is cancelled."""
-        while True:
-            try:
-                await self.sweep()
-                health.report(PART)
-            except ReplicationError as error:
-                if not error.retryable:
-                    raise
-                health.report(PART, critical=f"jobs cannot be looked after: {error}")
-            await asyncio.sleep(self._config.sweep_seconds)
+        """Until it is cancelled. Raises IntegrityError for a damaged database."""
+        failing = "jobs cannot be looked after"
+        await go_round(PART, self._look, health, self._config.sweep_seconds, failing=failing)
+
+    async def _look(self) -> tuple[Trouble, ...]:
+        await self.sweep()
+        return ()
 
     async def sweep(self) -> None:
         """Say that we live; take over from the dead; start what nobody started."""

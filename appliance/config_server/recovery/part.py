@@ -3,7 +3,6 @@
 Source: docs/RECOVERY.md §2, §4.
 """
 
-import asyncio
 import time
 import uuid
 from collections.abc import Callable
@@ -20,11 +19,11 @@ from appliance.config_server.recovery.settling import (
     settle_one,
     unsettled,
 )
+from appliance.config_server.rounds import Trouble, apart, go_round
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.recovery_tables import Failover, RecoveredVm, StoredEvidence
 from appliance.config_server.store.schema import Node
 from daemon.service import Health
-from replication.errors import ReplicationError
 
 LOOK_SECONDS = 2.0
 RELOOK_SECONDS = 60.0
@@ -61,28 +60,38 @@ class Recovery:
         self._pruned_at = -PRUNE_SECONDS
 
     async def run(self, health: Health) -> None:
-        """Until it is cancelled."""
-        while True:
-            try:
-                await self.look()
-                health.report(PART)
-            except ReplicationError as error:
-                if not error.retryable:
-                    raise
-                health.report(PART, critical=f"failovers cannot be looked after: {error}")
-            await asyncio.sleep(LOOK_SECONDS)
+        """Until it is cancelled. Raises IntegrityError for a damaged database."""
+        failing = "failovers cannot be looked after"
+        await go_round(PART, self.look, health, LOOK_SECONDS, failing=failing)
 
-    async def look(self) -> None:
-        """One round."""
+    async def look(self) -> tuple[Trouble, ...]:
+        """One round. Returns what cannot be gone on with: it holds up nothing else."""
+        troubles: list[Trouble] = []
         for failover in await self._with_news():
-            async with self._database.writing() as session:
-                tell = await settle_one(session, failover, self._hear(session), self._clock())
-                await self._ports.bump(session, sorted(tell))
+            count = len(troubles)
+            with apart(f"failover {failover}", troubles):
+                await self._settle(failover)
+            if len(troubles) > count:
+                self._looked.pop(failover, None)  # looked at again in the next round
+        with apart("locks of points", troubles):
+            await self._end_locks()
+        with apart("old evidence", troubles):
+            await self._prune()
+        return tuple(troubles)
+
+    async def _settle(self, failover: uuid.UUID) -> None:
+        async with self._database.writing() as session:
+            tell = await settle_one(session, failover, self._hear(session), self._clock())
+            await self._ports.bump(session, sorted(tell))
+
+    async def _end_locks(self) -> None:
         async with self._database.reading() as session:
             over = await locks_over(session, self._clock())
         if over:
             async with self._database.writing() as session:
                 await self._ports.bump(session, sorted(await end_locks(session, self._clock())))
+
+    async def _prune(self) -> None:
         if self._now() - self._pruned_at >= PRUNE_SECONDS:
             async with self._database.writing() as session:
                 if not await prune_evidence(session, self._clock()):

@@ -8,13 +8,13 @@ Source: docs/RECOVERY.md §6.
 """
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from pydantic import ValidationError
 from sqlalchemy import delete, exc, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -35,6 +35,7 @@ from appliance.config_server.recovery.drills.page import render
 from appliance.config_server.recovery.drills.report import DrillDocument, sealed
 from appliance.config_server.recovery.drills.schedule import next_at
 from appliance.config_server.recovery.requests import clean_up_run
+from appliance.config_server.rounds import Trouble, apart, go_round
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.recovery_tables import DrillReport, DrillSchedule, PlanRun
 from appliance.config_server.store.schema import Machine
@@ -47,7 +48,6 @@ LEASE_KEY = "drills"
 PART = "drills"
 DUE_AT_ONCE_MAX = 10
 PRUNED_AT_ONCE_MAX = 50
-TROUBLES_TOLD_MAX = 3
 SCHEDULER = Caller("drill schedule", OperatorRole.OPERATOR, "this host")
 _NS = 10**9
 
@@ -69,28 +69,22 @@ class DrillKeeper:
     begin: Callable[[str], Awaitable[None]]
 
     async def run(self, health: Health) -> None:
-        """Until it is cancelled."""
+        """Until it is cancelled. Raises IntegrityError for a damaged database."""
+        failing = "drills cannot be looked after"
         try:
-            while True:
-                try:
-                    trouble = await self.look()
-                    health.report(PART, critical="; ".join(trouble[:TROUBLES_TOLD_MAX]))
-                except ReplicationError as error:
-                    if not error.retryable:
-                        raise
-                    health.report(PART, critical=f"drills cannot be looked after: {error}")
-                await asyncio.sleep(self.config.drill_seconds)
+            await go_round(PART, self.look, health, self.config.drill_seconds, failing=failing)
         finally:
             await self._give_up()
 
-    async def look(self) -> tuple[str, ...]:
+    async def look(self) -> tuple[Trouble, ...]:
         """One round; nothing where another one does it. Returns what cannot be gone on with: it
         holds up nothing else.
         """
-        trouble: list[str] = []
+        troubles: list[Trouble] = []
         try:
             for schedule in await self._due():
-                await self._apart(f"schedule {schedule}", self._hold(schedule), trouble)
+                with self._apart(f"schedule {schedule}", troubles):
+                    await self._hold(schedule)
             async with self.database.reading() as session:
                 found = (
                     await session.execute(
@@ -98,33 +92,27 @@ class DrillKeeper:
                     )
                 ).all()
             for drill, state in found:
-                is_running = state == DrillState.RUNNING
-                following = self._after_run(drill) if is_running else self._after_cleanup(drill)
-                await self._apart(f"drill {drill}", following, trouble)
-            await self._prune()
+                with self._apart(f"drill {drill}", troubles):
+                    if state == DrillState.RUNNING:
+                        await self._after_run(drill)
+                    else:
+                        await self._after_cleanup(drill)
+            with self._apart("old reports", troubles):
+                await self._prune()
         except NotOursError:
             pass
-        return tuple(trouble)
+        return tuple(troubles)
 
-    async def _apart(self, what: str, doing: Awaitable[None], trouble: list[str]) -> None:
-        """Await it; what only it suffers from is told, what all would suffer from is raised."""
-        try:
-            await doing
-        except (ReplicationError, ValidationError, KeyError) as error:
-            if isinstance(error, ReplicationError) and error.retryable:
-                raise
-            told = str(error) if isinstance(error, ReplicationError) else "its row cannot be read"
-            trouble.append(f"{what}: {told}")
-        except NotOursError:
-            raise
-        except Exception as error:  # noqa: BLE001 - told by the log and the health
-            structlog.get_logger().exception("a drill cannot be looked after", what=what)
-            trouble.append(f"{what}: a defect: {type(error).__name__}")
+    def _apart(self, what: str, troubles: list[Trouble]) -> contextlib.AbstractContextManager[None]:
+        return apart(what, troubles, let=(NotOursError,))
 
     async def _due(self) -> list[uuid.UUID]:
         async with self.database.writing() as session:
             await self._ours(session)
-            query = select(DrillSchedule.id).where(DrillSchedule.next_ns <= self.clock())
+            on = select(DrillReport.schedule).where(DrillReport.state.in_(OPEN))
+            query = select(DrillSchedule.id).where(
+                DrillSchedule.next_ns <= self.clock(), DrillSchedule.name.not_in(on)
+            )
             ordered = query.order_by(DrillSchedule.next_ns).limit(DUE_AT_ONCE_MAX)
             return list(await session.scalars(ordered))
 
