@@ -11,7 +11,7 @@ import uuid
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -19,6 +19,8 @@ from appliance.config_server.store.schema import Job
 from replication.errors import ConflictError, NotFoundError, ReplicationError
 
 ID_BYTES = 8
+NOT_UNDONE = "not_undone"
+"""The code of a job's error when what it had begun could not be undone."""
 
 
 class JobState(StrEnum):
@@ -155,8 +157,12 @@ def fail(job: Job, error: JobError, now_ns: int) -> None:
 
 
 def close(job: Job, state: JobState, now_ns: int) -> None:
-    """End it; steps that have not begun are passed over."""
-    for index, step in enumerate(steps_of(job)):
+    """End it; steps that have not begun are passed over, and those that cannot be read are gone."""
+    try:
+        steps = steps_of(job)
+    except ValidationError:
+        job.steps = steps = []
+    for index, step in enumerate(steps):
         if step.state is StepState.PENDING:
             mark_step(job, index, now_ns, state=StepState.SKIPPED)
         elif step.state is StepState.RUNNING:

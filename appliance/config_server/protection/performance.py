@@ -8,25 +8,28 @@ Source: docs/CONTROL.md §9.
 
 import asyncio
 import contextlib
+import functools
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import structlog
+from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from appliance.config_server.protection.ending import DEFECT, JobEnd
 from appliance.config_server.protection.jobs import (
     JobError,
     JobKind,
     JobState,
     StepState,
-    close,
     fail,
     find_job,
     is_open,
     mark_step,
     steps_of,
 )
+from appliance.config_server.protection.patience import is_the_database_s, patiently
 from appliance.config_server.protection.workflow import (
     Done,
     Outside,
@@ -41,16 +44,12 @@ from appliance.config_server.protection.workflow import (
 )
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.schema import Job
-from replication.errors import InputError, ReplicationError
+from replication.errors import ReplicationError
 
 POLL_SECONDS = 5.0
 """Between two looks of a step that waits, for what another config server hears. What this one hears
 wakes it at once.
 """
-
-DATABASE_RETRY_SECONDS = 1.0
-DATABASE_RETRIES_MAX = 3600
-"""A job outlives a database that is away for an hour; then the sweep takes it up again."""
 
 Ending = Literal["go on", "end"]
 T = TypeVar("T")
@@ -80,6 +79,7 @@ class Performer:
         self._instance = instance
         self._answer_ns = int(answer_seconds_max * 1e9)
         self._boundary = boundary or (lambda _: None)
+        self._end = JobEnd(database, ports, workflows, clock)
         self._waiting: dict[uuid.UUID | str, set[asyncio.Event]] = {}
 
     def wake(self, source: uuid.UUID | str) -> None:
@@ -88,21 +88,41 @@ class Performer:
             news.set()
 
     async def names(self, job_id: str) -> list[str]:
-        """The steps that the job was made with, whatever this version would make."""
+        """The steps that the job was made with, whatever this version would make; none where its
+        row cannot be read: it then comes to its end at once.
+        """
 
         async def read() -> list[str]:
             async with self._database.reading() as session:
                 return [step.name for step in steps_of(await find_job(session, job_id))]
 
-        return await self._patiently(job_id, read)
+        try:
+            return await patiently(job_id, read)
+        except ValidationError:
+            structlog.get_logger().exception("a job cannot be read", job=job_id)
+            return []
 
     async def perform(self, job_id: str, index: int) -> Ending:
-        """Do a step, or wait for what it waits for. Says whether the next one is to be done."""
+        """Do a step, or wait for what it waits for. Says whether the next one is to be done.
+
+        A defect, or what cannot be stored, fails the step: nothing of it was kept, and begun anew
+        it would fail again without end.
+        """
         self._boundary(f"before {index}")
-        found = await self._patiently(job_id, lambda: self._attempt_once(job_id, index))
-        if found is None or isinstance(found, Outside):
-            found = await self._insist(job_id, index, found)
+        try:
+            ending = await self._do(job_id, index)
+        except Exception as error:
+            if is_the_database_s(error):
+                raise
+            failing = functools.partial(self._fail_step, job_id, index, error)
+            ending = await patiently(job_id, failing)
         self._boundary(f"after {index}")
+        return ending
+
+    async def _do(self, job_id: str, index: int) -> Ending:
+        found = await patiently(job_id, lambda: self._attempt(job_id, index))
+        if found is None or isinstance(found, Outside):
+            return await self._insist(job_id, index, found)
         return found
 
     async def _insist(self, job_id: str, index: int, found: Outside[Any] | None) -> Ending:
@@ -112,7 +132,7 @@ class Performer:
                 news.clear()
                 if isinstance(found, Outside):
                     await self._act_outside(job_id, index, found, news)
-                ending = await self._patiently(job_id, lambda: self._attempt_once(job_id, index))
+                ending = await patiently(job_id, lambda: self._attempt(job_id, index))
                 if ending is not None and not isinstance(ending, Outside):
                     return ending
                 found = ending
@@ -141,7 +161,7 @@ class Performer:
                 job = await find_job(session, job_id)
                 return await self._workflow(job).nodes(session, job)
 
-        return await self._patiently(job_id, read)
+        return await patiently(job_id, read)
 
     async def _act_outside(
         self, job_id: str, index: int, outside: Outside[Any], news: asyncio.Event
@@ -172,7 +192,7 @@ class Performer:
                 if scene is not None and is_open(job):
                     await record(scene)
 
-        await self._patiently(job_id, write)
+        await patiently(job_id, write)
         self._boundary(f"recorded {index}")
 
     async def _is_to_end(self, job_id: str) -> bool:
@@ -181,7 +201,13 @@ class Performer:
                 job = await find_job(session, job_id)
                 return job.cancel_asked or not is_open(job)
 
-        return await self._patiently(job_id, read)
+        return await patiently(job_id, read)
+
+    async def conclude(self, job_id: str) -> None:
+        """Close the job: what succeeded is kept, what was begun otherwise is undone."""
+        self._boundary("before the end")
+        await self._end.conclude(job_id)
+        self._boundary("after the end")
 
     def _workflow(self, job: Job) -> Workflow[Any]:
         return self._workflows[JobKind(job.kind)]
@@ -192,32 +218,9 @@ class Performer:
         )
         return scene
 
-    async def conclude(self, job_id: str) -> None:
-        """Close the job: what succeeded is kept, what was begun otherwise is undone."""
-        self._boundary("before the end")
-
-        async def close_it() -> None:
-            async with self._database.writing() as session:
-                job = await find_job(session, job_id, lock=True)
-                if is_open(job):
-                    await self._close(session, job)
-
-        await self._patiently(job_id, close_it)
-        self._boundary("after the end")
-
-    async def _attempt_once(self, job_id: str, index: int) -> Ending | Outside[Any] | None:
-        """`_attempt`; a defect, or what cannot be stored, fails the step: nothing of it was kept,
-        and begun anew it would fail again without end.
-        """
-        try:
-            return await self._attempt(job_id, index)
-        except InputError as error:
-            told = JobError.of(error)
-        except ReplicationError:
-            raise
-        except Exception:  # noqa: BLE001 - told by the log and the job
-            structlog.get_logger().exception("a step has a defect", job=job_id, step=index)
-            told = _DEFECT
+    async def _fail_step(self, job_id: str, index: int, error: Exception) -> Ending:
+        structlog.get_logger().error("a step has a defect", job=job_id, step=index, exc_info=error)
+        told = JobError.of(error) if isinstance(error, ReplicationError) else DEFECT
         async with self._database.writing() as session:
             job = await find_job(session, job_id, lock=True)
             if is_open(job) and job.error is None:
@@ -280,49 +283,9 @@ class Performer:
             return Done(f"nobody answered {within}; gone on without")
         raise StepFailedError(f"{step.late} {within}", code="no_answer", hint=step.hint or None)
 
-    async def _close(self, session: AsyncSession, job: Job) -> None:
-        now_ns = self._clock()
-        succeeded = all(step.state is StepState.DONE for step in steps_of(job))
-        scene = await self._scene(session, job)
-        workflow = self._workflow(job)
-        if scene is not None and succeeded:
-            partly = await workflow.succeed(scene)
-            if partly is not None:
-                fail(job, partly, now_ns)
-                close(job, JobState.FAILED, now_ns)
-                return
-        elif scene is not None:
-            await workflow.undo(scene)
-        if succeeded:
-            close(job, JobState.SUCCEEDED, now_ns)
-        elif job.error is not None:
-            close(job, JobState.FAILED, now_ns)
-        elif job.cancel_asked:
-            close(job, JobState.CANCELLED, now_ns)
-        else:
-            fail(job, _DEFECT, now_ns)
-            close(job, JobState.FAILED, now_ns)
-
-    async def _patiently(self, job_id: str, attempt: Callable[[], Awaitable[T]]) -> T:
-        """The database may be away for a while."""
-        for _ in range(DATABASE_RETRIES_MAX):
-            try:
-                return await attempt()
-            except ReplicationError as error:
-                if not error.retryable:
-                    raise
-                structlog.get_logger().warning("a job waits", job=job_id, reason=str(error))
-            await asyncio.sleep(DATABASE_RETRY_SECONDS)
-        return await attempt()
-
 
 _LOST = JobError(
     code="superseded", message="the machine is not this job's any more; nothing was changed"
-)
-_DEFECT = JobError(
-    code="defect",
-    message="a defect of the config server ended the job",
-    hint="its log says why; tell its maintainers",
 )
 
 

@@ -168,12 +168,27 @@ class Step(Generic[S]):
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """What a job leaves behind that could not be undone.
+
+    told, action: what that is, and what a person is to do.
+    tell:         nodes whose assignments are others now.
+    """
+
+    told: str
+    action: str
+    tell: frozenset[uuid.UUID] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Workflow(Generic[S]):
     """A kind of job. ``succeed`` and ``undo`` end it, in the transaction that closes its row.
 
     open:    what the job owns; none when that is not the job's any more.
     nodes:   whose news its steps wait for.
     succeed: may say what has failed although all steps are done.
+    abandon: where ``undo`` fails, again and again: let go of all that names the job, in a state
+             from which people can go on. It relies on nothing but rows.
     find:    the step of a name, for a job whose steps are made for it; none: of ``steps`` alone.
     """
 
@@ -183,6 +198,7 @@ class Workflow(Generic[S]):
     nodes: Callable[[AsyncSession, Job], Awaitable[frozenset[uuid.UUID]]]
     succeed: Callable[[S], Awaitable[JobError | None]]
     undo: Callable[[S], Awaitable[None]]
+    abandon: Callable[[AsyncSession, Job, int], Awaitable[Left]]
     find: Callable[[str], Step[S] | None] | None = None
 
     def step(self, name: str) -> Step[S]:
@@ -231,6 +247,7 @@ def machine_workflow(
     steps: tuple[Step[MachineScene], ...],
     succeed: Callable[[MachineScene], Awaitable[None]],
     undo: Callable[[MachineScene], Awaitable[None]],
+    abandon: Callable[[AsyncSession, Job, int], Awaitable[Left]],
 ) -> Workflow[MachineScene]:
     """Of jobs that own one machine, and let go of it when they end."""
 
@@ -242,4 +259,6 @@ def machine_workflow(
 
         return released
 
-    return Workflow(kind, steps, open_machine, machine_nodes, ending(succeed), ending(undo))
+    return Workflow(
+        kind, steps, open_machine, machine_nodes, ending(succeed), ending(undo), abandon
+    )

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from sqlalchemy import delete
 
+from appliance.config_server.protection.abandoning import let_machine_go
 from appliance.config_server.protection.jobs import JobKind
 from appliance.config_server.protection.table import Event
 from appliance.config_server.protection.transition import (
@@ -241,6 +242,7 @@ WORKFLOWS: Workflows = MappingProxyType(
                 ),
                 _enabled,
                 _not_enabled,
+                let_machine_go,
             ),
             machine_workflow(
                 JobKind.UNPROTECT,
@@ -263,9 +265,12 @@ WORKFLOWS: Workflows = MappingProxyType(
                 ),
                 _disabled,
                 _not_disabled,
+                let_machine_go,
             ),
-            machine_workflow(JobKind.ADD_DISK, _DISK_STEPS, _nothing, _disk_back),
-            machine_workflow(JobKind.EXCLUDE_DISK, _DISK_STEPS, _nothing, _disk_back),
+            machine_workflow(JobKind.ADD_DISK, _DISK_STEPS, _nothing, _disk_back, let_machine_go),
+            machine_workflow(
+                JobKind.EXCLUDE_DISK, _DISK_STEPS, _nothing, _disk_back, let_machine_go
+            ),
             machine_workflow(
                 JobKind.RESYNC,
                 (
@@ -279,6 +284,7 @@ WORKFLOWS: Workflows = MappingProxyType(
                 ),
                 _nothing,
                 _nothing,
+                let_machine_go,
             ),
         )
     }

@@ -10,25 +10,22 @@ Source: docs/RECOVERY.md §4.
 import re
 from types import MappingProxyType
 
-from sqlalchemy import update
-
 from appliance.config_server.protection.jobs import JobError, JobKind
 from appliance.config_server.protection.workflow import Step, Workflow, Workflows
 from appliance.config_server.recovery import afterwards
+from appliance.config_server.recovery.abandoning import end_run, let_failovers_go
 from appliance.config_server.recovery.acting import ActionSteps, Turn
 from appliance.config_server.recovery.failing_over import FailoverSteps
 from appliance.config_server.recovery.parts import fail_over, failed_of, take_back
 from appliance.config_server.recovery.ports import NoActions, NoPower, RecoveryPorts
 from appliance.config_server.recovery.run import (
     ActionPlace,
-    ActionState,
     FailoverKind,
     FailoverState,
     RunPlan,
 )
 from appliance.config_server.recovery.scene import RecoveryScene, open_run, run_nodes
 from appliance.config_server.recovery.switching_off import SwitchingOff
-from appliance.config_server.store.recovery_tables import PlanAction
 
 FINAL = "final changeset"
 SHUT_DOWN = "shut down"
@@ -102,6 +99,7 @@ def _run(
         run_nodes,
         _done,
         _undone,
+        let_failovers_go,
         find,
     )
 
@@ -118,7 +116,13 @@ def _ends() -> tuple[Workflow[RecoveryScene], ...]:
     )
     return (
         Workflow(
-            JobKind.CLEANUP, gone, open_run, run_nodes, afterwards.cleaned, afterwards.not_cleaned
+            JobKind.CLEANUP,
+            gone,
+            open_run,
+            run_nodes,
+            afterwards.cleaned,
+            afterwards.not_cleaned,
+            let_failovers_go,
         ),
         Workflow(
             JobKind.CANCEL_FAILOVER,
@@ -127,6 +131,7 @@ def _ends() -> tuple[Workflow[RecoveryScene], ...]:
             run_nodes,
             afterwards.cancelled,
             afterwards.not_cancelled,
+            let_failovers_go,
         ),
         Workflow(
             JobKind.COMMIT,
@@ -138,6 +143,7 @@ def _ends() -> tuple[Workflow[RecoveryScene], ...]:
             run_nodes,
             afterwards.committed,
             afterwards.unchanged,
+            let_failovers_go,
         ),
     )
 
@@ -162,6 +168,7 @@ def _change(steps: FailoverSteps) -> Workflow[RecoveryScene]:
         run_nodes,
         afterwards.unchanged,
         change.undo,
+        let_failovers_go,
     )
 
 
@@ -193,15 +200,7 @@ async def _undone(scene: RecoveryScene) -> None:
         await take_back(
             scene, part, FailoverState.CANCELLED if is_cancelled else FailoverState.FAILED
         )
-    scene.run.ended_ns = scene.now_ns
-    await scene.session.execute(
-        update(PlanAction)
-        .where(
-            PlanAction.run_id == scene.run.id,
-            PlanAction.state.in_((ActionState.RUNNING, ActionState.WAITING)),
-        )
-        .values(state=ActionState.CANCELLED, ended_ns=scene.now_ns)
-    )
+    await end_run(scene.session, scene.job, scene.now_ns)
 
 
 STEPS = MappingProxyType(

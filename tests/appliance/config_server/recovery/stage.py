@@ -357,8 +357,15 @@ class RecoveryStage(Stage):
 
     async def nothing_is_left(self) -> None:
         """No VM, no hold; or soon."""
+        await self.left([])
+
+    async def left(self, choices: list[str]) -> None:
+        """Holds of these choices, each with a VM; or soon."""
         async with asyncio.timeout(WAIT_SECONDS):
-            while await self.there() != ([], []):
+            while True:
+                vms, holds = await self.there()
+                if (len(vms), holds) == (len(choices), choices):
+                    return
                 await self.recovery.look()
                 await asyncio.sleep(0.02)
 
