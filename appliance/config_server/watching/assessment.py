@@ -35,6 +35,7 @@ from appliance.config_server.watching.reason import (
 )
 from appliance.config_server.watching.rpo import NO_RPO, Rpo
 from appliance.config_server.watching.thresholds import THRESHOLDS, Thresholds
+from appliance.config_server.watching.work_health import WorkFacts, work_health
 from replication.control.report import (
     ApplierReport,
     ProcessServerReport,
@@ -56,12 +57,13 @@ class MachineRow:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What was read. ``job_counts``: by state."""
+    """What was read. ``job_counts``: by state. ``work``: of drills and jobs."""
 
     machines: tuple[MachineRow, ...] = ()
     nodes: tuple[NodeFacts, ...] = ()
     vcenters: tuple[VCenterFacts, ...] = ()
     job_counts: Mapping[str, int] = field(default_factory=dict)
+    work: tuple[WorkFacts, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,12 @@ class AssessedVCenter:
 
 
 @dataclass(frozen=True, slots=True)
+class AssessedWork:
+    facts: WorkFacts
+    health: Health
+
+
+@dataclass(frozen=True, slots=True)
 class Assessment:
     """The health of all there is, at ``at_ns``.
 
@@ -98,6 +106,7 @@ class Assessment:
     vcenters: Mapping[uuid.UUID, AssessedVCenter] = field(default_factory=dict)
     job_counts: Mapping[str, int] = field(default_factory=dict)
     defects: Mapping[uuid.UUID, Exception] = field(default_factory=dict)
+    work: Mapping[uuid.UUID, AssessedWork] = field(default_factory=dict)
 
     def sources(self) -> dict[uuid.UUID, tuple[str, Health]]:
         """Names and health of all that can have events."""
@@ -108,6 +117,8 @@ class Assessment:
             found[node.facts.id] = (node.facts.name, node.health)
         for vcenter in self.vcenters.values():
             found[vcenter.facts.id] = (vcenter.facts.name, vcenter.health)
+        for work in self.work.values():
+            found[work.facts.id] = (work.facts.name, work.health)
         return found
 
     def reasons(self) -> dict[EventKey, tuple[str, Reason]]:
@@ -179,8 +190,12 @@ def assess(
         facts.id: AssessedVCenter(facts, vcenter_health(facts, now_ns))
         for facts in findings.vcenters
     }
+    work = {
+        facts.id: AssessedWork(facts, work_health(facts, now_ns, thresholds))
+        for facts in findings.work
+    }
     job_counts = dict(findings.job_counts)
-    assessment = Assessment(now_ns, machines, nodes, vcenters, job_counts, defects)
+    assessment = Assessment(now_ns, machines, nodes, vcenters, job_counts, defects, work)
     return assessment, Memory(progress, expectations)
 
 

@@ -32,6 +32,7 @@ from appliance.config_server.watching.component_health import NodeFacts, VCenter
 from appliance.config_server.watching.failover_health import NO_FAILOVERS, FailoverFacts
 from appliance.config_server.watching.health import MachineFacts
 from appliance.config_server.watching.rpo import NS
+from appliance.config_server.watching.work_facts import WorkReader
 from replication.control.report import MachineReport, Report, read_report
 from replication.control.role import NodeRole
 
@@ -71,6 +72,7 @@ class FactReader:
         self._database = database
         self._newest = newest
         self._reports: dict[uuid.UUID, _Seen] = {}
+        self._work = WorkReader()
 
     async def read(self, now_ns: int) -> Findings:
         async with self._database.reading() as session:
@@ -87,13 +89,15 @@ class FactReader:
             vcenters = (await session.execute(_VCENTERS)).all()
             counted = await session.execute(select(Job.state, func.count()).group_by(Job.state))
             job_counts = {state: count for state, count in counted}  # noqa: C416 - rows are no pairs
+            work = await self._work.read(session, now_ns)
         # In a thread: of a thousand machines it would keep every answer waiting.
-        return await asyncio.to_thread(
+        findings = await asyncio.to_thread(
             self._findings,
             _Rows(nodes, machines, vcenters, ends, failed, failovers, computes),
             job_counts,
             now_ns,
         )
+        return replace(findings, work=work)
 
     def _findings(self, rows: _Rows, job_counts: dict[str, int], now_ns: int) -> Findings:
         used = {row.process_server_id for row in rows.machines}

@@ -64,6 +64,9 @@ class Code(enum.StrEnum):
     FAILOVER_FAILED = "failover-failed"
     TEST_NOT_CLEANED = "test-not-cleaned-up"
     NOT_COMMITTED = "not-committed"
+    DRILL_FAILED = "drill-failed"
+    DRILL_LATE = "drill-late"
+    JOB_NOT_UNDONE = "job-not-undone"
     DEFECT = "defect"
 
 
@@ -199,6 +202,19 @@ KINDS: dict[Code, Kind] = {
         "the virtual machine still reads from its recovery point; nothing protects it",
         "commit the failover, or take it back: `understudy failover list`",
     ),
+    Code.DRILL_FAILED: Kind(
+        "it could not begin, a step of it failed, or a machine did not come up or pass its check",
+        "see its report: `understudy drills list`; mend the cause. It ends with the next drill of "
+        "the schedule that passes, or with the schedule: `understudy drills unschedule`",
+    ),
+    Code.DRILL_LATE: Kind(
+        "the config server does not begin it",
+        "see `understudy drills schedules`, `understudy jobs`, and /healthz of the config server",
+    ),
+    Code.JOB_NOT_UNDONE: Kind(
+        "a defect of the config server kept the job from being undone",
+        "see the job's error; tell the maintainers, with the config server's log",
+    ),
     Code.DEFECT: Kind(
         "the config server itself has a defect; others are watched as ever",
         "tell its maintainers, with the config server's log",
@@ -229,10 +245,14 @@ class Health:
     reasons: tuple[Reason, ...] = ()
 
 
-def reason(code: Code, severity: Severity, message: str, *, cause: str = "") -> Reason:
-    """``cause``: what is known better than the code tells."""
+def reason(
+    code: Code, severity: Severity, message: str, *, cause: str = "", action: str = ""
+) -> Reason:
+    """``cause``, ``action``: what is known better than the code tells."""
     kind = KINDS[code]
-    return Reason(code, severity, clean(message), clean(cause) or kind.cause, kind.action)
+    return Reason(
+        code, severity, clean(message), clean(cause) or kind.cause, clean(action) or kind.action
+    )
 
 
 def health_of(reasons: Iterable[Reason | None]) -> Health:

@@ -42,6 +42,7 @@ class Thresholds:
     restorable_share:      RPO restorable, likewise.
     test_open_seconds:     how long a test's VM may be there.
     uncommitted_seconds:   how long a failover may be neither committed nor taken back.
+    drill_late_seconds:    how long after its time a scheduled drill may begin.
     app_margin_seconds:    what an app-consistent point may be late.
     silent_intervals:      reports that may be missing before it is a warning.
     store_free_share:      of what is free and what the store fills together.
@@ -61,6 +62,7 @@ class Thresholds:
     resync_wait_seconds: Limit = Limit(-1.0, _DAY)
     test_open_seconds: Limit = Limit(_DAY, float("inf"))
     uncommitted_seconds: Limit = Limit(_DAY, 7 * _DAY)
+    drill_late_seconds: Limit = Limit(_HOUR, _DAY)
     skew_seconds: Limit = Limit(10.0, 5 * _MINUTE)
     certificate_seconds: Limit = Limit(14 * _DAY, 3 * _DAY)
     store_free_share: Limit = Limit(0.20, 0.10)

@@ -18,6 +18,7 @@ from appliance.config_server.caller import NAME_CHARS_MAX, Caller
 from appliance.config_server.watching.assessment import Assessment
 from appliance.config_server.watching.health import machine_rpo
 from appliance.config_server.watching.reason import Health, State
+from appliance.config_server.watching.work_health import WorkKind
 from replication.control.role import OperatorRole
 from replication.errors import ConflictError, NotFoundError
 
@@ -27,12 +28,12 @@ _RANK = {state: rank for rank, state in enumerate(State)}
 
 
 class SourceDocument(BaseModel):
-    """A machine or a component and its health.
+    """A machine, a component, a schedule of drills or a job that left something, and its health.
 
     rpo_durable_seconds, rpo_restorable_seconds: of a machine that has points.
     """
 
-    kind: SourceKind
+    kind: SourceKind | WorkKind
     id: uuid.UUID
     name: str
     health: HealthDocument
@@ -62,6 +63,7 @@ async def overview(server: ServerOf, _: Annotated[Caller, needs(OperatorRole.REA
     machines = [one.health.state for one in assessment.machines.values()]
     components = [one.health.state for one in assessment.nodes.values()]
     components += [one.health.state for one in assessment.vcenters.values()]
+    work = [one.health.state for one in assessment.work.values()]
     unwell = [
         (kind, source_id, name, health)
         for kind, source_id, name, health in _sources(assessment)
@@ -69,7 +71,7 @@ async def overview(server: ServerOf, _: Annotated[Caller, needs(OperatorRole.REA
     ]
     unwell.sort(key=lambda one: (-_RANK[one[3].state], one[0], one[2]))
     return Overview(
-        state=max([*machines, *components], key=_RANK.__getitem__, default=State.NORMAL),
+        state=max([*machines, *components, *work], key=_RANK.__getitem__, default=State.NORMAL),
         at_ns=assessment.at_ns,
         machines=_counts(machines),
         components=_counts(components),
@@ -105,7 +107,7 @@ async def one(
     return _document(assessment, found[0], server.clock())
 
 
-_Source = tuple[SourceKind, uuid.UUID, str, Health]
+_Source = tuple[SourceKind | WorkKind, uuid.UUID, str, Health]
 
 
 def _sources(assessment: Assessment) -> Iterator[_Source]:
@@ -115,12 +117,15 @@ def _sources(assessment: Assessment) -> Iterator[_Source]:
         yield node.facts.kind, node.facts.id, node.facts.name, node.health
     for vcenter in assessment.vcenters.values():
         yield "vcenter", vcenter.facts.id, vcenter.facts.name, vcenter.health
+    for work in assessment.work.values():
+        yield work.facts.kind, work.facts.id, work.facts.name, work.health
 
 
 def _without_certificate(assessment: Assessment, now_ns: int) -> frozenset[uuid.UUID]:
-    """Machines and components whose certificates are over or revoked."""
+    """Machines and components whose certificates are over or revoked; and work, which has none."""
     ends = {one.facts.id: one.facts.certificate_ns for one in assessment.machines.values()}
     ends |= {one.facts.id: one.facts.certificate_ns for one in assessment.nodes.values()}
+    ends |= dict.fromkeys(assessment.work, 0)
     return frozenset(source for source, end_ns in ends.items() if end_ns <= now_ns)
 
 

@@ -33,6 +33,8 @@ from appliance.config_server.recovery.plans.catalogue import create_plan, delete
 from appliance.config_server.recovery.plans.running import RunRequest
 from appliance.config_server.store.recovery_tables import DrillReport, DrillSchedule, RecoveredVm
 from appliance.config_server.store.schema import AuditEntry, Setting
+from appliance.config_server.watching.facts import FactReader
+from appliance.config_server.watching.work_health import ScheduleFacts
 from replication.control.recovery import EvidenceKind
 from replication.errors import ConflictError
 from tests.appliance.config_server.protection.stage import MACHINE, WAIT_SECONDS
@@ -243,6 +245,9 @@ async def test_a_drill_that_cannot_begin_is_evidence_too(stage: RecoveryStage) -
     assert "compute" in row.document["reason"]
     assert is_untouched(row.document)
     assert "Failed" in row.page
+    (told,) = (await FactReader(stage.database, lambda _: None).read(stage.clock())).work
+    assert isinstance(told, ScheduleFacts)
+    assert (told.name, told.target, told.failed) == ("nightly", "small", row.document["reason"])
     async with stage.asking() as asking:
         await delete_schedule(asking.session, "nightly")
         await delete_plan(asking.session, "small")
