@@ -254,9 +254,9 @@ class Performer:
             try:
                 step = self._workflow(job).step(record.name)
                 verdict = await step.act(scene)
-                is_late = not step.is_patient and now_ns - began_ns > self._answer_ns
-                if isinstance(verdict, Waiting) and is_late:
-                    verdict = self._late(step)
+                if isinstance(verdict, Waiting) and not step.is_patient:
+                    is_late = now_ns - began_ns > self._answer_ns
+                    verdict = self._late(step) if is_late else self._bounded(verdict)
             except ReplicationError as error:
                 if error.retryable:
                     raise
@@ -276,6 +276,9 @@ class Performer:
         if steps_of(job)[index].note != verdict.note:
             mark_step(job, index, now_ns, note=verdict.note)
         return verdict if isinstance(verdict, Outside) else None
+
+    def _bounded(self, verdict: Waiting) -> Verdict:
+        return Waiting(f"{verdict.note}; {_duration(self._answer_ns)} at most")
 
     def _late(self, step: Step[Any]) -> Verdict:
         within = f"within {_duration(self._answer_ns)}"

@@ -69,7 +69,8 @@ class ActionSteps:
             row.attempt += 1
             row.began_ns = scene.now_ns
             order = await _order(scene, turn, action, row)
-            return Outside(f"runs, attempt {row.attempt}", self._doing(order))
+            note = f"runs, attempt {row.attempt}, {action.seconds_max} s at most"
+            return Outside(note, self._doing(order))
 
         return act
 

@@ -11,8 +11,10 @@ from appliance.config_server.protection.transition import REMOVING, enter
 from appliance.config_server.protection.workflow import Done, StepFailedError, Verdict, Waiting
 from appliance.config_server.recovery.decisions import (
     Bad,
+    CopyView,
     Good,
     Wait,
+    judge_copy,
     judge_disks,
     judge_off,
 )
@@ -30,6 +32,9 @@ from appliance.config_server.recovery.settling import (
 )
 from appliance.config_server.store.recovery_tables import PointHold, RecoveredVm
 from replication.control.recovery import VmPower
+
+_MARK_NS = 60 * 10**9
+"""How often it is written down how far the copy of disks is."""
 
 GONE_LATE = "the compute node did not remove the virtual machines"
 GONE_HINT = (
@@ -92,21 +97,39 @@ async def not_cancelled(scene: RecoveryScene) -> None:
     await not_cleaned(scene)
 
 
-async def make_independent(scene: RecoveryScene) -> Verdict:
-    """The VM's disks come to stand alone, while it runs. It may take hours."""
+async def make_independent(scene: RecoveryScene, answer_ns: int) -> Verdict:
+    """The VM's disks come to stand alone, while it runs."""
     waits = []
     for part in scene.parts:
         vm = _vm(part)
         if not vm.independent:
             vm.independent = True
             await scene.tell(vm.compute_id)
+        if vm.is_independent:
+            continue
         report = await scene.vm_report(vm)
-        if report is not None and report.independent:
+        heard = await scene.heard(vm.compute_id)
+        since_ns = max(heard.seen_ns if heard is not None else 0, scene.now_ns - scene.waited_ns())
+        still_ns = _still_ns(scene, report.independent_share if report is not None else 0.0)
+        view = CopyView(scene.now_ns - since_ns, still_ns, answer_ns)
+        verdict = _verdict(judge_copy(view, report))
+        if isinstance(verdict, Waiting):
+            waits.append(verdict.note)
+        else:
             vm.is_independent = True
-        if not vm.is_independent:
-            share = report.independent_share if report is not None else 0.0
-            waits.append(f"{share:.0%} of the disks stand alone")
     return Waiting("; ".join(waits)) if waits else Done()
+
+
+def _still_ns(scene: RecoveryScene, share: float) -> int:
+    """Since when the share is what it is; written down with the job, for who goes on with it."""
+    known = scene.job.request.get("copied", {"share": -1.0, "at_ns": scene.now_ns})
+    still_ns = int(scene.now_ns - known["at_ns"])
+    is_marked = known["share"] >= 0.0 and still_ns < _MARK_NS
+    if is_marked or share == known["share"]:
+        return still_ns
+    copied = {"share": share, "at_ns": scene.now_ns}
+    scene.job.request = {**scene.job.request, "copied": copied}
+    return 0
 
 
 async def let_go(scene: RecoveryScene) -> Verdict:

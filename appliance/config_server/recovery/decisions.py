@@ -19,6 +19,9 @@ from replication.control.recovery import (
 CHECK_MARGIN_SECONDS = 60
 """For the start of the VM and the way of its report, beside what the check itself may take."""
 
+COPY_STILL_SECONDS_MAX = 3600
+"""How long the copy of a committed VM's disks may stand still."""
+
 POINT_CHARACTERS_MAX = 255
 CONSISTENCY_CHARACTERS_MAX = 64
 PATH_CHARACTERS_MAX = 1900
@@ -98,8 +101,9 @@ def judge_hold(view: HoldView, held: HeldPoint | None) -> Wait | Good | Bad | In
             f"the applier cannot hold the point {view.choice}: {held.reason or 'it says not why'}",
             "`understudy points MACHINE` lists those that there are",
         )
-    waits_ns = view.wait_seconds * _SECOND_NS if view.choice == PointChoice.LATEST else 0
-    if view.final is None and waits_ns and view.waited_ns > waits_ns and held is not None:
+    is_latest = view.choice == PointChoice.LATEST
+    waits_ns = view.wait_seconds * _SECOND_NS if is_latest else 0
+    if view.final is None and is_latest and view.waited_ns > waits_ns and held is not None:
         return Instead(PointChoice.LATEST_PROCESSED)
     if view.waited_ns > waits_ns + view.answer_ns:
         return Bad(
@@ -108,8 +112,13 @@ def judge_hold(view: HoldView, held: HeldPoint | None) -> Wait | Good | Bad | In
             "see that it runs and reaches the config server, then ask again",
         )
     if held is None:
-        return Wait("waits for the applier")
-    return Wait(f"waits for the applier: {held.reason or 'what is durable is still to be applied'}")
+        return Wait(f"waits for the applier, {_seconds(waits_ns + view.answer_ns)} at most")
+    why = held.reason or "what is durable is still to be applied"
+    if is_latest and view.final is None:
+        bound = f"after {_seconds(waits_ns)} what is processed is taken"
+    else:
+        bound = f"{_seconds(waits_ns + view.answer_ns)} at most"
+    return Wait(f"waits for the applier: {why}; {bound}")
 
 
 def _judge_held(view: HoldView, held: HeldPoint) -> Good | Bad:
@@ -174,7 +183,7 @@ def judge_disks(report: VmReport | None, waited_ns: int, answer_ns: int) -> Wait
         return Good()
     if waited_ns > answer_ns:
         return _silent("did not make the disks")
-    return Wait("waits for the compute node to make the disks")
+    return Wait(f"waits for the compute node to make the disks, {_seconds(answer_ns)} at most")
 
 
 def judge_vm(
@@ -184,7 +193,7 @@ def judge_vm(
     if report is None:
         if waited_ns > answer_ns:
             return _silent("said nothing of the virtual machine")
-        return Wait("waits for the compute node")
+        return Wait(f"waits for the compute node, {_seconds(answer_ns)} at most")
     if report.state is VmState.FAILED:
         return _broken(report)
     if report.state is VmState.STOPPED:
@@ -201,13 +210,14 @@ def judge_vm(
         )
     if report.state is VmState.UP:
         return Good()
-    if waited_ns > (check_seconds_max + CHECK_MARGIN_SECONDS) * _SECOND_NS:
+    seconds_max = check_seconds_max + CHECK_MARGIN_SECONDS
+    if waited_ns > seconds_max * _SECOND_NS:
         return Bad(
             "check_late",
             f"the virtual machine is not up within {check_seconds_max} s; it is {report.state}",
             "its console tells more; allow it more time, or give it more processors",
         )
-    return Wait(f"the virtual machine is {report.state}")
+    return Wait(f"the virtual machine is {report.state}; it has {seconds_max} s in all")
 
 
 def judge_off(report: VmReport | None) -> Wait | Good:
@@ -215,6 +225,45 @@ def judge_off(report: VmReport | None) -> Wait | Good:
     if report is not None and report.state not in (VmState.STOPPED, VmState.DISKS_READY):
         return Wait("waits for the virtual machine of the old point to be off")
     return Good()
+
+
+@dataclass(frozen=True, slots=True)
+class CopyView:
+    """A VM whose disks are to stand alone.
+
+    silent_ns: since its compute node was heard. still_ns: since the share last moved. answer_ns:
+    what a node has to answer.
+    """
+
+    silent_ns: int
+    still_ns: int
+    answer_ns: int
+
+
+def judge_copy(view: CopyView, report: VmReport | None) -> Wait | Good | Bad:
+    """Whether a VM's disks stand alone. It may take hours, while it moves."""
+    if report is not None and report.independent:
+        return Good()
+    if view.silent_ns > view.answer_ns:
+        return _silent(f"was not heard for {_seconds(view.silent_ns)}; the copy of the disks")
+    share = report.independent_share if report is not None else 0.0
+    why = f": {report.reason}" if report is not None and report.reason else ""
+    if view.still_ns > COPY_STILL_SECONDS_MAX * _SECOND_NS:
+        return Bad(
+            "no_progress",
+            f"the copy of the disks has not moved for {_seconds(view.still_ns)}, at {share:.0%}"
+            f"{why}",
+            "mend what keeps it: the compute node's disk, the applier; it goes on by itself, and "
+            "the failover can be committed again",
+        )
+    return Wait(
+        f"{share:.0%} of the disks stand alone{why}; as long as it moves within "
+        f"{COPY_STILL_SECONDS_MAX} s"
+    )
+
+
+def _seconds(nanoseconds: int) -> str:
+    return f"{nanoseconds / _SECOND_NS:.0f} s"
 
 
 def _broken(report: VmReport) -> Bad:

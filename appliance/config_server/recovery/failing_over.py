@@ -76,7 +76,7 @@ class FailoverSteps:
             if scene.now_ns - row.final_ns > _FINAL_NS:
                 late = f"no final changeset within {FINAL_SECONDS_MAX:.0f} s"
                 return Bad("not_frozen", late, THAW_HINT)
-            return Wait("waits for the agent's final changeset")
+            return Wait(f"waits for the agent's final changeset, {FINAL_SECONDS_MAX:.0f} s at most")
 
         return await judge_each(scene, parts, judge)
 

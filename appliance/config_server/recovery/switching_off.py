@@ -32,9 +32,24 @@ NOT_OFF = -1
 """Of an unplanned failover's `powered_off_ns`: it was tried, and went wrong."""
 
 THAW_HINT = "its agent lets writes go on; see that it and its network are well, then ask again"
+_THAWED = f"an agent lets writes go on after {FINAL_SECONDS_MAX:.0f} s"
 _SECOND_NS = 10**9
 _FINAL_NS = int(FINAL_SECONDS_MAX * _SECOND_NS)
 _FRESH_NS = int(FINAL_FRESH_SECONDS * _SECOND_NS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A source that is to be switched off.
+
+    until_ns: when that is of no use any more, since its agent lets writes go on; none: never.
+    told_ns:  when its vCenter was told before, 0: never.
+    """
+
+    name: str
+    vm: uuid.UUID | None
+    until_ns: int | None
+    told_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +58,13 @@ class _Off:
 
     why:              why it is not off; empty when it is.
     began_ns, end_ns: when its vCenter was told to, and when that had done it.
+    told_ns:          when it was told last, 0: never.
     """
 
     why: str
     began_ns: int
     end_ns: int
+    told_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +81,7 @@ class SwitchingOff:
         await _fail_thawed(scene)
         await refuse_failed(scene)
         todo = {
-            part.failover.id: (part.machine.name, part.machine.vm_id)
+            part.failover.id: _source_of(part)
             for part in scene.active()
             if part.failover.powered_off_ns == 0
             and (part.kind is FailoverKind.PLANNED or part.options.shut_down)
@@ -74,11 +91,12 @@ class SwitchingOff:
         for part in scene.active():
             if part.failover.id in todo and part.machine.vm_id is not None:
                 part.failover.power_off_ns = scene.now_ns
-        off = self._off_all(todo, scene.now_ns)
-        return Outside(f"switches off {', '.join(name for name, _ in todo.values())}", off)
+        names = ", ".join(source.name for source in todo.values())
+        note = f"switches off {names}; {POWER_OFF_SECONDS_MAX:.0f} s at most for each"
+        return Outside(note, self._off_all(todo, scene.now_ns))
 
     def _off_all(
-        self, todo: Mapping[uuid.UUID, tuple[str, uuid.UUID | None]], now_ns: int
+        self, todo: Mapping[uuid.UUID, _Source], now_ns: int
     ) -> Callable[[], Awaitable[Callable[[RecoveryScene], Awaitable[None]]]]:
         since_ns = time.monotonic_ns()
 
@@ -88,13 +106,16 @@ class SwitchingOff:
         async def do() -> Callable[[RecoveryScene], Awaitable[None]]:
             free = asyncio.Semaphore(POWERED_OFF_AT_ONCE_MAX)
 
-            async def one(vm: uuid.UUID | None) -> _Off:
+            async def one(source: _Source) -> _Off:
                 async with free:
                     began_ns = clock()
-                    why = await self._off(vm)
-                    return _Off(why, began_ns, clock())
+                    if source.until_ns is not None and began_ns > source.until_ns:
+                        # Its turn came too late: it writes again, and is better left on.
+                        return _Off(_THAWED, began_ns, began_ns, source.told_ns)
+                    why = await self._off(source.vm)
+                    return _Off(why, began_ns, clock(), began_ns if source.vm else 0)
 
-            told = await asyncio.gather(*(one(vm) for _, vm in todo.values()))
+            told = await asyncio.gather(*map(one, todo.values()))
             outcomes = dict(zip(todo, told, strict=True))
 
             async def record(scene: RecoveryScene) -> None:
@@ -122,6 +143,13 @@ class SwitchingOff:
         return ""
 
 
+def _source_of(part: Part) -> _Source:
+    row, machine = part.failover, part.machine
+    is_planned = part.kind is FailoverKind.PLANNED
+    until_ns = row.final_ns + _FINAL_NS if is_planned else None
+    return _Source(machine.name, machine.vm_id, until_ns, row.power_off_ns)
+
+
 async def _fail_thawed(scene: RecoveryScene) -> None:
     """Sources that write again are not switched off for nothing."""
     for part in scene.active():
@@ -141,6 +169,7 @@ async def _record_off(scene: RecoveryScene, outcomes: Mapping[uuid.UUID, _Off]) 
         off = outcomes[part.failover.id]
         row, why = part.failover, off.why
         row.powered_off_ns = NOT_OFF if why else off.end_ns
+        row.power_off_ns = off.told_ns
         if part.kind is not FailoverKind.PLANNED:
             if why:
                 add_note(row, f"the source is not off: {why}")
@@ -160,7 +189,7 @@ async def _why_not_held(scene: RecoveryScene, part: Part, began_ns: int, off_ns:
     on (until ``off_ns``) for longer than an agent stays frozen.
     """
     if off_ns - part.failover.final_ns > _FINAL_NS:
-        return f"an agent lets writes go on after {FINAL_SECONDS_MAX:.0f} s"
+        return _THAWED
     heard = await scene.heard(part.machine.id)
     if heard is None or not isinstance(heard.report, MachineReport):
         return "its agent is not heard"

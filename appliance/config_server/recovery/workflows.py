@@ -11,7 +11,7 @@ import re
 from types import MappingProxyType
 
 from appliance.config_server.protection.jobs import JobError, JobKind
-from appliance.config_server.protection.workflow import Step, Workflow, Workflows
+from appliance.config_server.protection.workflow import Step, Verdict, Workflow, Workflows
 from appliance.config_server.recovery import afterwards
 from appliance.config_server.recovery.abandoning import end_run, let_failovers_go
 from appliance.config_server.recovery.acting import ActionSteps, Turn
@@ -67,7 +67,7 @@ def recovery_workflows(ports: RecoveryPorts, *, answer_seconds_max: float) -> Wo
     found = (
         _run(JobKind.TEST_FAILOVER, steps, switching, actions),
         _run(JobKind.FAILOVER, steps, switching, actions),
-        *_ends(),
+        *_ends(steps.answer_ns),
         _change(steps),
     )
     return MappingProxyType({workflow.kind: workflow for workflow in found})
@@ -104,7 +104,7 @@ def _run(
     )
 
 
-def _ends() -> tuple[Workflow[RecoveryScene], ...]:
+def _ends(answer_ns: int) -> tuple[Workflow[RecoveryScene], ...]:
     gone: tuple[RecoveryStep, ...] = (
         Step("remove the virtual machines", afterwards.remove),
         Step(
@@ -114,6 +114,10 @@ def _ends() -> tuple[Workflow[RecoveryScene], ...]:
             hint=afterwards.GONE_HINT,
         ),
     )
+
+    async def make_independent(scene: RecoveryScene) -> Verdict:
+        return await afterwards.make_independent(scene, answer_ns)
+
     return (
         Workflow(
             JobKind.CLEANUP,
@@ -136,7 +140,7 @@ def _ends() -> tuple[Workflow[RecoveryScene], ...]:
         Workflow(
             JobKind.COMMIT,
             (
-                Step("make the disks stand alone", afterwards.make_independent, is_patient=True),
+                Step("make the disks stand alone", make_independent, is_patient=True),
                 Step("let go of the point", afterwards.let_go),
             ),
             open_run,

@@ -27,6 +27,9 @@ from appliance.config_server.recovery.ports import ActionOrder, ActionOutcome
 from appliance.config_server.recovery.run import ActionKind
 from replication.errors import ConfigError, ReplicationError
 
+TURN_SECONDS_MAX = 3600.0
+"""How long an action waits until fewer than `recovery.actions_at_once` others run."""
+
 
 class ActionRunner:
     """Runs scripts and webhooks; so many at once as the configuration allows."""
@@ -42,7 +45,13 @@ class ActionRunner:
             action=order.name, kind=order.kind.value, run=str(order.run), attempt=order.attempt
         )
         output = Tail()
-        async with self._turn:
+        try:
+            async with asyncio.timeout(TURN_SECONDS_MAX):
+                await self._turn.acquire()
+        except TimeoutError:
+            detail = f"it was not begun within {TURN_SECONDS_MAX:.0f} s: others took too long"
+            return ActionOutcome(succeeded=False, detail=detail)
+        try:
             log.info("action begins")
             try:
                 async with asyncio.timeout(order.seconds_max):
@@ -55,6 +64,8 @@ class ActionRunner:
                 )
             except (ReplicationError, ValidationError, OSError) as error:
                 outcome = ActionOutcome(succeeded=False, detail=_told(error), output=output.text())
+        finally:
+            self._turn.release()
         log.info("action ended", succeeded=outcome.succeeded, exit_code=outcome.exit_code)
         return outcome
 

@@ -158,7 +158,7 @@ async def test_points_are_not_settled_while_the_process_server_still_sends(stage
     await protect(stage)
     stage.nodes.stubborn.add(SERVER)
     job = await ask(stage, "unprotect", keep_points=False)
-    assert await stage.noted(job.id, 3) == "waits for ps-1"
+    assert await stage.noted(job.id, 3) == "waits for ps-1; 20 seconds at most"
     async with stage.database.reading() as session:
         node = await session.get_one(Node, SERVER)
         machine = await session.get_one(Machine, MACHINE)

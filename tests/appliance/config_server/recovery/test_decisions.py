@@ -1,6 +1,7 @@
 """What follows from what applier and compute node answer."""
 
 import uuid
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -8,12 +9,14 @@ from hypothesis import strategies as st
 
 from appliance.config_server.recovery.decisions import (
     Bad,
+    CopyView,
     Good,
     HoldView,
     Instead,
     Stamp,
     Wait,
     hold_is_needed,
+    judge_copy,
     judge_disks,
     judge_hold,
     judge_off,
@@ -80,9 +83,12 @@ def test_what_cannot_be_stored_is_no_point(told: dict[str, str]) -> None:
 
 def test_the_latest_is_waited_for_then_what_is_processed_is_taken() -> None:
     assert judge_hold(view(waited=119), waiting("1.9 is missing")) == Wait(
-        "waits for the applier: 1.9 is missing"
+        "waits for the applier: 1.9 is missing; after 120 s what is processed is taken"
     )
     assert judge_hold(view(waited=121), waiting()) == Instead(PointChoice.LATEST_PROCESSED)
+    at_once = replace(view(waited=1), wait_seconds=0)
+    assert judge_hold(at_once, waiting()) == Instead(PointChoice.LATEST_PROCESSED)
+    assert isinstance(judge_hold(at_once, None), Wait)
 
 
 def test_the_last_changeset_is_replaced_by_no_other_point() -> None:
@@ -99,7 +105,7 @@ def test_the_last_changeset_is_replaced_by_no_other_point() -> None:
 
 @pytest.mark.parametrize("choice", ["p7", PointChoice.LATEST_PROCESSED])
 def test_an_applier_that_does_not_answer_is_waited_for_so_long_and_no_longer(choice: str) -> None:
-    assert judge_hold(view(choice, waited=29), None) == Wait("waits for the applier")
+    assert judge_hold(view(choice, waited=29), None) == Wait("waits for the applier, 30 s at most")
     late = judge_hold(view(choice, waited=31), None)
     assert isinstance(late, Bad)
     assert late.code == "no_answer"
@@ -211,3 +217,24 @@ def test_both_objectives_are_told_in_seconds_where_they_are_known() -> None:
     assert rpo_seconds(9 * SECOND, 4 * SECOND) == 5
     assert rpo_seconds(9 * SECOND, 0) is None
     assert rpo_seconds(4 * SECOND, 9 * SECOND) == 0
+
+
+def copy(*, silent: float = 0, still: float = 0) -> CopyView:
+    return CopyView(int(silent * SECOND), int(still * SECOND), ANSWER)
+
+
+def test_a_copy_of_disks_may_take_long_while_it_moves_and_its_node_is_heard() -> None:
+    half = vm(VmState.UP, independent_share=0.5, reason="it has snapshots")
+    assert judge_copy(copy(), half) == Wait(
+        "50% of the disks stand alone: it has snapshots; as long as it moves within 3600 s"
+    )
+    assert isinstance(judge_copy(copy(silent=30, still=3600), half), Wait)
+    stood_still = judge_copy(copy(still=3601), half)
+    assert isinstance(stood_still, Bad)
+    assert (stood_still.code, "it has snapshots" in stood_still.message) == ("no_progress", True)
+    for report in (half, None):
+        silent = judge_copy(copy(silent=31), report)
+        assert isinstance(silent, Bad)
+        assert silent.code == "no_answer"
+    done = vm(VmState.UP, independent=True)
+    assert judge_copy(copy(silent=31, still=3601), done) == Good()
