@@ -31,6 +31,9 @@ from replication.errors import ConflictError, NotFoundError
 HEARD_SECONDS_MAX = 60
 """Who was not heard for longer is not given work: three reports and some."""
 
+CARRIED_OUT_MAX = COUNT_MAX - (1 << 32)
+"""An agent that says it has carried out more orders is not believed: none could follow."""
+
 _SECOND_NS = 10**9
 _PLACEMENT_LOCK = 0x756E64706C61
 _OUT = "it has no certificate that is good"
@@ -164,14 +167,19 @@ def next_order(machine: Machine, heard: Heard | None) -> int:
     """
     report = heard.report if heard is not None else None
     carried_out = report.resync_request if isinstance(report, MachineReport) else 0
-    return max(machine.resync_request, min(carried_out, COUNT_MAX - 1)) + 1
+    return _above(machine.resync_request, carried_out)
 
 
 def next_final(machine: Machine, heard: Heard | None) -> int:
     """The number of the next order for a final changeset, likewise."""
     report = heard.report if heard is not None else None
     carried_out = report.final if isinstance(report, MachineReport) else 0
-    return max(machine.final_order, min(carried_out, COUNT_MAX - 1)) + 1
+    return _above(machine.final_order, carried_out)
+
+
+def _above(ordered: int, carried_out: int) -> int:
+    """What an agent says is bounded: whatever that is, there are orders left to be given."""
+    return max(ordered, min(carried_out, CARRIED_OUT_MAX)) + 1
 
 
 async def agent_report(ports: Ports, node: Node, now_ns: int) -> MachineReport:

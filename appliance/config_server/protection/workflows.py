@@ -9,6 +9,7 @@ from sqlalchemy import delete
 
 from appliance.config_server.protection.abandoning import let_machine_go
 from appliance.config_server.protection.jobs import JobKind
+from appliance.config_server.protection.machines import next_order
 from appliance.config_server.protection.table import Event
 from appliance.config_server.protection.transition import (
     REMOVING,
@@ -187,7 +188,7 @@ async def _agent_resynchronises(scene: MachineScene) -> Verdict:
     machine = scene.machine
     if report.resync_request > machine.resync_request:
         # It counts further than we remember, so the order looks done to it.
-        machine.resync_request = report.resync_request + 1
+        machine.resync_request = next_order(machine, await scene.heard(machine.id))
         machine.revision += 1
         await scene.tell(machine.id)
         return Waiting("orders it again: the agent has carried out more orders than are known here")

@@ -51,3 +51,34 @@ async def test_a_copied_disk_has_all_of_its_point_when_qemu_is_killed(place: Pla
         point = place.points / disk.source
         compare = ["qemu-img", "compare", "-U", "-f", "qcow2", "-F", "raw"]
         subprocess.run([*compare, image, point], check=True, capture_output=True)
+
+
+async def test_a_disk_with_snapshots_is_not_copied_while_its_vm_runs_and_says_why(
+    place: Place,
+) -> None:
+    """What a snapshot stands on would stay with the point, and go with it."""
+    order = place.order(own_disk(place, b"\r\nweb-01 login: "))
+    image = place.vm_folder(order.id) / "disk0.qcow2"
+    on = order.model_copy(update={"power": VmPower.ON})
+    async with running(place) as site:
+        await site.order(order)
+        await site.until(order.id, lambda one: one.state is VmState.DISKS_READY)
+        snapshot = ["qemu-img", "snapshot", "-q"]
+        subprocess.run([*snapshot, "-c", "before", image], check=True)
+        await site.order(on)
+        await site.until(order.id, lambda one: one.state is VmState.UP)
+        await site.until(order.id, lambda _: len(site.evidence) == 2)
+        await site.order(on.model_copy(update={"independent": True}))
+        report = await site.until(order.id, lambda one: "keeps snapshots" in one.reason)
+        assert (report.state, report.independent) == (VmState.UP, False)
+        assert "delete-snapshot" in report.reason
+        told = subprocess.run(["qemu-img", "info", "-U", image], check=True, capture_output=True)
+        assert b"backing file" in told.stdout
+        # As it says: off, deleted, and then it stands alone.
+        await site.order(order.model_copy(update={"power": VmPower.OFF}))
+        await site.until(order.id, lambda one: one.state is VmState.STOPPED)
+        subprocess.run([*snapshot, "-d", "before", image], check=True)
+        off = {"power": VmPower.OFF, "independent": True}
+        await site.order(order.model_copy(update=off))
+        report = await site.until(order.id, lambda one: one.independent)
+        assert report.reason == ""

@@ -40,7 +40,12 @@ from replication.errors import ConflictError
 from tests.appliance.config_server.protection.stage import MACHINE, WAIT_SECONDS
 from tests.appliance.config_server.recovery.drills.evidence import png
 from tests.appliance.config_server.recovery.plans.shop import document
-from tests.appliance.config_server.recovery.stage import COMPUTE, RecoveryStage, open_recovery
+from tests.appliance.config_server.recovery.stage import (
+    COMPUTE,
+    OTHER,
+    RecoveryStage,
+    open_recovery,
+)
 
 VAULT = VaultKey.create()
 DAY_NS = 86400 * 10**9
@@ -212,6 +217,39 @@ async def test_the_next_drill_waits_for_the_one_that_is_on(stage: RecoveryStage)
     assert (await ended(stage, keeper, row.id)).state == "passed"
     await keeper.look()
     assert len(await reports(stage)) == 2
+
+
+async def test_a_drill_that_waits_for_the_last_one_holds_up_no_other_schedule(
+    stage: RecoveryStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "DUE_AT_ONCE_MAX", 1)
+    stage.nodes.stuck.add("web-1-test")
+    waiting = await schedule(stage, machine=MACHINE)
+    keeper = keeper_of(stage)
+    await missed(stage, 2)
+    await keeper.look()
+    (row,) = await reports(stage)
+    await missed(stage, 1)  # due again, and the first in the order of time
+    await schedule(stage, "other", machine=OTHER)
+    await missed(stage, 1)
+    await keeper.look()
+    assert [each.schedule for each in await reports(stage)] == ["nightly", "other"]
+    # Also while it is being cleaned up, and for who had seen it due before it was begun.
+    for state in ("cleaning-up", "running"):
+        await has_state(stage, row.id, state)
+        await keeper._hold(waiting.id)
+        assert len(await reports(stage)) == 2
+        async with stage.database.reading() as session:
+            assert (await session.get_one(DrillSchedule, waiting.id)).next_ns < stage.clock()
+    stage.nodes.stuck.clear()
+    assert (await ended(stage, keeper, row.id)).state == "passed"
+    await keeper.look()
+    assert [each.schedule for each in await reports(stage)][2:] == ["nightly"]
+
+
+async def has_state(stage: RecoveryStage, drill: uuid.UUID, state: str) -> None:
+    async with stage.database.writing() as session:
+        (await find_drill(session, drill)).state = state
 
 
 async def test_one_config_server_of_two_holds_drills(stage: RecoveryStage) -> None:
