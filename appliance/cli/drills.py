@@ -8,9 +8,16 @@ from rich.console import Group
 from rich.text import Text
 
 from appliance.cli.api_client import connect, part
-from appliance.cli.failover_choice import Compute, Network, Notes, PointChoice, read_script
+from appliance.cli.failover_choice import (
+    Compute,
+    Network,
+    Notes,
+    PointChoice,
+    confirm,
+    read_script,
+)
 from appliance.cli.jobs import JobFailedError, watch
-from appliance.cli.names import Wait, complete_machine, complete_plan, complete_schedule
+from appliance.cli.names import Wait, Yes, complete_machine, complete_plan, complete_schedule
 from appliance.cli.output import (
     AsJson,
     Column,
@@ -25,33 +32,49 @@ from appliance.cli.output import (
     text_or_dash,
     write_file,
 )
-from replication.errors import ConfigError
+from replication.errors import ConfigError, ConflictError
 
 app = typer.Typer(
-    no_args_is_help=True, help="Test failovers as evidence, cleaned up by themselves."
+    no_args_is_help=True,
+    help="Test failovers of a plan or a machine as evidence: they clean up by themselves, and "
+    "leave a report.",
 )
 
 ENDED = frozenset({"passed", "failed"})
 DrillId = Annotated[str, typer.Argument(metavar="ID", help="As `drills list` shows it.")]
 PlanOption = Annotated[
     str | None,
-    typer.Option("--plan", metavar="PLAN", help="Of a plan.", autocompletion=complete_plan),
+    typer.Option(
+        "--plan", metavar="PLAN", help="The recovery plan to try.", autocompletion=complete_plan
+    ),
 ]
 MachineOption = Annotated[
     str | None,
     typer.Option(
-        "--machine", metavar="NAME", help="Of a machine.", autocompletion=complete_machine
+        "--machine",
+        metavar="NAME",
+        help="The machine to try, instead of a plan.",
+        autocompletion=complete_machine,
     ),
 ]
 
 
 GuestOption = Annotated[
-    str | None, typer.Option("--guest", metavar="auto|own|recovery", help="Of a machine.")
+    str | None,
+    typer.Option(
+        "--guest",
+        metavar="auto|own|recovery",
+        help="What boots: the machine's own system, or the recovery guest. With --machine; a plan "
+        "says so itself.",
+    ),
 ]
 ScriptFile = Annotated[
     str | None,
     typer.Option(
-        "--script", metavar="FILE", help="Of a machine: the recovery guest runs it; 0 passes."
+        "--script",
+        metavar="FILE",
+        help="The recovery guest runs it, and exit code 0 passes. With --machine; a plan says so "
+        "itself.",
     ),
 ]
 
@@ -86,7 +109,7 @@ def list_drills(
 
 @app.command()
 def show(drill: DrillId, *, as_json: AsJson = False) -> None:
-    """Show what a drill was and what came of it."""
+    """Show a drill: how far it is, or what came of it."""
     with connect() as api:
         found = api.get(f"/drills/{part(drill)}")
     if as_json:
@@ -109,7 +132,9 @@ def run(
     wait: Wait = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hold a drill now. With --wait: until it is cleaned up and its report is there."""
+    """Hold a drill now, on a network of its own; replication goes on. With --wait: until it is
+    cleaned up and its report is there.
+    """
     body = _subject(plan, machine) | _options(guest, script)
     body |= {"point": point, "network": network, "compute": compute, "notes": notes}
     with connect() as api:
@@ -141,14 +166,20 @@ def report(
     drill: DrillId,
     *,
     html: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write the page for people.")
+        str | None,
+        typer.Option(metavar="FILE", help="Write the page for people into this file."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a drill's report: with --html the page, with --json the document."""
+    """Write a drill's report: with --html the page, with --json the document, else in short."""
     if html is None:
         with connect() as api:
             found = api.get(f"/drills/{part(drill)}")
+        if found["report"] is None:
+            raise ConflictError(
+                f"the drill of {found['target']} is {found['state']}: it has no report yet",
+                hint=f"wait for its end; its job: `understudy jobs {found['job']} --follow`",
+            )
         if as_json:
             print_json(found["report"])
         else:
@@ -169,13 +200,24 @@ def schedule(
     *,
     plan: PlanOption = None,
     machine: MachineOption = None,
-    every: Annotated[str | None, typer.Option(metavar="DAYS", help="As 1d, 7d, 90d.")] = None,
-    at: Annotated[str | None, typer.Option(metavar="HH:MM", help="In UTC.")] = None,
+    every: Annotated[
+        str | None, typer.Option(metavar="DAYS", help="1d, 7d, 90d; needs --at.")
+    ] = None,
+    at: Annotated[
+        str | None, typer.Option(metavar="HH:MM", help="With --every: the time of the day, in UTC.")
+    ] = None,
     first: Annotated[
-        str | None, typer.Option(metavar="DATE", help="The day that is counted from.")
+        str | None,
+        typer.Option(
+            metavar="DATE", help="With --every: the day that is counted from, as 2026-12-01."
+        ),
     ] = None,
     cron: Annotated[
-        str | None, typer.Option(metavar="FIELDS", help="As '0 3 * * 6', in UTC.")
+        str | None,
+        typer.Option(
+            metavar="FIELDS",
+            help="Instead of --every: minute, hour, day, month, weekday, as '0 3 * * 6', in UTC.",
+        ),
     ] = None,
     point: PointChoice = "latest",
     network: Network = None,
@@ -185,7 +227,11 @@ def schedule(
     notes: Notes = "",
     as_json: AsJson = False,
 ) -> None:
-    """Hold drills again and again."""
+    """Hold drills again and again: `--every 7d --at 03:00`, or `--cron '0 3 * * 6'`."""
+    if (every is None) == (cron is None) or (every is not None and at is None):
+        raise ConfigError(
+            "say when the drills are held", hint="--every 7d --at 03:00, or --cron '0 3 * * 6'"
+        )
     timing: dict[str, Any] = {"cron": cron, "at": at, "first": first}
     if every is not None:
         found = re.fullmatch(r"(\d{1,3})d?", every)
@@ -211,7 +257,7 @@ def schedule(
 
 @app.command()
 def schedules(*, as_json: AsJson = False) -> None:
-    """List when drills are held."""
+    """List the schedules: what is tried when, and next."""
     with connect() as api:
         found = api.items("/drill-schedules")
     print_rows(
@@ -232,12 +278,18 @@ def schedules(*, as_json: AsJson = False) -> None:
 def unschedule(
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="Its name.", autocompletion=complete_schedule),
+        typer.Argument(
+            metavar="NAME",
+            help="As `drills schedules` shows it.",
+            autocompletion=complete_schedule,
+        ),
     ],
     *,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hold no more drills of a schedule; their reports are kept."""
+    """Delete a schedule: no more of its drills are held; their reports are kept."""
+    confirm(f"Hold no more drills of the schedule {name}?", yes=yes)
     with connect() as api:
         api.delete(f"/drill-schedules/{part(name)}")
     if as_json:
@@ -268,6 +320,8 @@ def _tell(found: dict[str, Any]) -> None:
         ("drill", found["id"]),
         ("of", found["target"]),
         ("state", found["state"]),
+        ("schedule", text_or_dash(found.get("schedule"))),
+        ("job", text_or_dash(found.get("job"))),
         ("begun", instant(found["began_ns"])),
         ("ended", instant(found.get("ended_ns"))),
         ("RTO", span(found.get("rto_seconds"))),
@@ -278,6 +332,8 @@ def _tell(found: dict[str, Any]) -> None:
         pairs.append(("digest", digest if found["untouched"] else f"{digest}: IT DOES NOT FIT"))
     print_pairs(pairs)
     if not document:
+        for line in _step_lines(found):
+            print_line(f"  {line}")
         return
     print_rows(
         document["machines"],

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from appliance.cli.api_client import ApiClient, connect, part
 from appliance.cli.default_group import DEFAULT, DefaultGroup
-from appliance.cli.names import Wait, complete_machine
+from appliance.cli.failover_choice import confirm
+from appliance.cli.names import Wait, Yes, complete_machine
 from appliance.cli.output import (
     AsJson,
     Column,
@@ -26,7 +27,7 @@ from appliance.cli.output import (
     span,
     state_style,
 )
-from replication.errors import LimitError, ReplicationError, UnavailableError
+from replication.errors import ConfigError, LimitError, ReplicationError, UnavailableError
 
 POLL_SECONDS = 1.0
 LISTED_DEFAULT = 20
@@ -48,35 +49,58 @@ class JobFailedError(ReplicationError):
 
 
 app = typer.Typer(
-    cls=DefaultGroup, help="What the config server was asked to do, and how far it is."
+    cls=DefaultGroup,
+    help="What the config server was asked to do, and how far it is. `jobs` lists the newest; "
+    "`jobs ID` shows one with its steps, `--follow` until it ends, `--cancel` stops it.",
 )
 
 
 @app.command(DEFAULT)
 def list_jobs(
-    job: Annotated[str | None, typer.Argument(metavar="[ID]", help="One job.")] = None,
+    job: Annotated[str | None, typer.Argument(metavar="[ID]", help="Show this one.")] = None,
     *,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Show its steps until it ends.")
+        bool,
+        typer.Option(
+            "--follow", "-f", help="Show the steps until it ends; without an ID, of the newest."
+        ),
     ] = False,
-    cancel: Annotated[bool, typer.Option("--cancel", help="Ask it to stop.")] = False,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="Stop it: it takes back what it has begun.")
+    ] = False,
+    yes: Yes = False,
     state: Annotated[
-        str | None, typer.Option(metavar="STATE", help="queued, running, succeeded, failed, …")
+        str | None,
+        typer.Option(
+            metavar="STATE", help="Only queued, running, succeeded, failed or cancelled ones."
+        ),
     ] = None,
     machine: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Of this one.", autocompletion=complete_machine),
+        typer.Option(
+            metavar="NAME",
+            help="Only of this machine, or of this recovery plan.",
+            autocompletion=complete_machine,
+        ),
     ] = None,
     count: Annotated[int, typer.Option("-n", help="How many at most.", min=1)] = LISTED_DEFAULT,
     as_json: AsJson = False,
 ) -> None:
     """List the newest jobs, or show one."""
+    if job is None and cancel:
+        raise ConfigError("say which job is to be cancelled", hint="understudy jobs ID --cancel")
     with connect() as api:
         if job is None:
             params = {"state": state, "machine": machine}
             _list(api, params, count, follow=follow, as_json=as_json)
             return
         if cancel:
+            found = api.get(f"/jobs/{part(job)}")
+            confirm(
+                f"Cancel job {found['id']}, {found['kind']} {found['target']}? "
+                "What it has begun is taken back.",
+                yes=yes,
+            )
             api.post(f"/jobs/{part(job)}/cancel")
         if follow:
             follow_job(api, job, as_json=as_json)
@@ -90,7 +114,9 @@ def list_jobs(
 
 @app.command()
 def resume(
-    job: Annotated[str, typer.Argument(metavar="ID", help="The job that waits for a person.")],
+    job: Annotated[
+        str, typer.Argument(metavar="ID", help="The job that waits; `jobs ID` says for what.")
+    ],
     *,
     note: Annotated[
         str, typer.Option(metavar="TEXT", help="What was done; kept with the run.")
@@ -98,7 +124,7 @@ def resume(
     wait: Wait = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go on after a manual action of a recovery plan."""
+    """Say that a manual action of a recovery plan is done: its job goes on."""
     with connect() as api:
         found = api.post(f"/jobs/{part(job)}/resume", {"note": note})
         if wait:
@@ -239,7 +265,7 @@ def _tell(job: dict[str, Any]) -> None:
         [
             ("job", job["id"]),
             ("what", f"{job['kind']} {job['target']}"),
-            ("state", job["state"]),
+            ("state", _state(job)),
             ("asked by", job["asked_by"]),
             ("begun", instant(job["created_ns"])),
             ("took", span(_took(job))),
@@ -251,6 +277,11 @@ def _tell(job: dict[str, Any]) -> None:
         print_line(f"error: {job['error'].get('message', '')}", style="red")
         if job["error"].get("hint"):
             print_line(f"hint: {job['error']['hint']}")
+
+
+def _state(job: dict[str, Any]) -> str:
+    is_ending = job.get("cancel_asked") and job["state"] not in ENDED
+    return f"{job['state']}, is asked to stop" if is_ending else str(job["state"])
 
 
 def _step_lines(job: dict[str, Any], *, pending: bool = False) -> list[str]:

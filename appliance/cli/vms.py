@@ -27,7 +27,7 @@ app = typer.Typer(
 
 @app.command("list")
 def list_vms(*, as_json: AsJson = False) -> None:
-    """List the virtual machines at the second site."""
+    """List the virtual machines at the second site, with the failover that each is of."""
     with connect() as api:
         found = [each for each in api.items("/failovers", {"open": True}) if each.get("vm")]
     if as_json:
@@ -37,7 +37,7 @@ def list_vms(*, as_json: AsJson = False) -> None:
         [{**each, **_vm(each)} for each in found],
         (
             Column("machine", "machine"),
-            Column("of", "kind"),
+            Column("failover", "kind"),
             Column("state", "vm_state", style=state_style),
             Column("guest", "guest", text_or_dash),
             Column("address", "address", text_or_dash),
@@ -45,7 +45,7 @@ def list_vms(*, as_json: AsJson = False) -> None:
             Column("compute", "compute", text_or_dash),
             Column("space", "space_bytes", size, right=True),
             Column("check", "told_check", text_or_dash, wraps=True),
-            Column("failover", "id"),
+            Column("id", "id"),
         ),
         as_json=False,
         none="No virtual machine runs at the second site.",
@@ -71,7 +71,7 @@ def screenshot(
     *,
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", metavar="FILE", help="MACHINE.png if not given."),
+        typer.Option("--output", "-o", metavar="FILE", help="The file; MACHINE.png if not given."),
     ] = None,
     failover: FailoverId = None,
     as_json: AsJson = False,
@@ -105,7 +105,7 @@ def _vm(failover: dict[str, Any]) -> dict[str, Any]:
 def discovered(
     *,
     unprotected: Annotated[
-        bool, typer.Option("--unprotected", help="Only those that are not protected.")
+        bool, typer.Option("--unprotected", help="Only those that nothing protects.")
     ] = False,
     vcenter: Annotated[
         str | None,
@@ -113,7 +113,9 @@ def discovered(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the virtual machines that the vCenters show."""
+    """List the virtual machines that the vCenters show; of a stale one the vCenter does not
+    answer.
+    """
     with connect() as api:
         found = api.items("/vms", {"unprotected": unprotected or None, "vcenter": vcenter})
     if as_json:

@@ -240,7 +240,25 @@ def test_a_plan_runs_waits_for_a_person_and_is_cleaned_up(boss: Person, tmp_path
     assert "no test of shop" in boss.is_told("plans", "cleanup", "shop", code=10)
     assert "say --yes" in boss.is_told("plans", "run", "shop", "--kind", "planned", code=2)
     assert "planned or unplanned" in boss.is_told("plans", "run", "shop", "--kind", "x", code=2)
+    a_drill_that_waits_for_a_person_says_so_and_is_cancelled(boss)
     boss.sees("plans", "delete", "shop", "--yes")
+
+
+def a_drill_that_waits_for_a_person_says_so_and_is_cancelled(boss: Person) -> None:
+    begun = boss.reads("drills", "run", "--plan", "shop")
+    drill, job = begun["id"], begun["job"]
+    while "look at it" not in boss.sees("drills", "show", drill):
+        pass
+    assert job in boss.sees("drills", "show", drill)
+    assert "has no report yet" in boss.is_told("drills", "report", drill, "--json", code=11)
+    assert "which job" in boss.is_told("jobs", "--cancel", code=2)
+    err = boss.is_told("jobs", job, "--cancel", code=2)
+    assert "test-failover shop" in err
+    assert "say --yes" in err
+    assert "cancelled" in boss.types("jobs", job, "--cancel", "--yes", "--follow")[2]
+    assert boss.types("jobs", job, "--cancel", "--yes")[0] == 11
+    while boss.reads("drills", "show", drill)["state"] != "failed":
+        pass
 
 
 def test_drills_are_held_scheduled_and_reported(boss: Person, tmp_path: Path) -> None:
@@ -268,18 +286,22 @@ def test_drills_are_held_scheduled_and_reported(boss: Person, tmp_path: Path) ->
     for words in (
         ("run",),
         ("run", "--plan", "x", "--machine", "y"),
-        ("schedule", "x", "--machine", "db-1", "--every", "soon"),
+        ("schedule", "x", "--machine", "db-1", "--every", "soon", "--at", "03:00"),
+        ("schedule", "x", "--machine", "db-1", "--every", "7d"),
+        ("schedule", "x", "--machine", "db-1"),
+        ("schedule", "x", "--machine", "db-1", "--every", "7d", "--at", "3:00", "--cron", "x"),
     ):
         boss.is_told("drills", *words, code=2)
     for words in (
-        ("schedule", "x", "--machine", "db-1", "--every", "7d"),
+        ("schedule", "x", "--machine", "db-1", "--every", "7d", "--at", "3:00"),
         ("schedule", "x", "--machine", "db-1", "--cron", "0 0 30 2 *"),
         ("run", "--plan", "x", *script),
     ):
         boss.is_told("drills", *words, code=9)
+    assert "say --yes" in boss.is_told("drills", "unschedule", "weekly", code=2)
     for name in ("weekly", "saturdays"):
-        boss.sees("drills", "unschedule", name)
-    boss.is_told("drills", "unschedule", "weekly", code=10)
+        boss.sees("drills", "unschedule", name, "--yes")
+    boss.is_told("drills", "unschedule", "weekly", "--yes", code=10)
 
 
 def test_a_reader_looks_and_changes_nothing(boss: Person, running: Running) -> None:
