@@ -26,6 +26,7 @@ from appliance.config_server.protection.jobs import (
     fail,
     find_job,
     is_open,
+    mark_step,
     steps_of,
 )
 from appliance.config_server.protection.patience import is_the_database_s, patiently
@@ -93,11 +94,21 @@ class JobEnd:
                 structlog.get_logger().exception("a job cannot end", job=job_id, tried=tried)
                 if tried == ENDING_TRIES_MAX:
                     return error
+                with contextlib.suppress(Exception):  # it is for people alone
+                    await self._note(job_id, f"cannot end, tried {tried} times: {_cause(error)}")
             else:
                 return None
             await asyncio.sleep(wait_seconds)
             wait_seconds = min(2 * wait_seconds, ENDING_RETRY_SECONDS_MAX)
         raise AssertionError
+
+    async def _note(self, job_id: str, note: str) -> None:
+        """With the last step that has begun."""
+        async with self._database.writing() as session:
+            job = await find_job(session, job_id, lock=True)
+            begun = [index for index, step in enumerate(steps_of(job)) if step.started_ns]
+            if begun and is_open(job):
+                mark_step(job, begun[-1], self._clock(), note=note)
 
     async def _disown(self, job_id: str, error: Exception) -> bool:
         """Whether it was to succeed, and now has failed: what it did is undone as of any other."""
@@ -117,11 +128,12 @@ class JobEnd:
             left = await self._workflows[JobKind(job.kind)].abandon(session, job, now_ns)
             fail(job, _not_undone(job, error, left), now_ns)
             close(job, JobState.FAILED, now_ns)
+            try:
+                async with session.begin_nested():
+                    await self._ports.bump(session, sorted(left.tell))
+            except Exception:  # noqa: BLE001 - they are told along with the next thing that changes
+                structlog.get_logger().exception("nodes cannot be told", job=job_id)
         structlog.get_logger().error("a job was abandoned", job=job_id, left=left.told)
-        # By itself: what cannot be told now is told along with the next thing that changes.
-        with contextlib.suppress(Exception):
-            async with self._database.writing() as session:
-                await self._ports.bump(session, sorted(left.tell))
 
     async def _close(self, session: AsyncSession, job: Job) -> None:
         now_ns = self._clock()

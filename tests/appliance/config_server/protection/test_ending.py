@@ -62,6 +62,7 @@ async def test_an_end_that_fails_at_first_is_tried_again(
     monkeypatch.setattr(workflows, "enter", refusing)
     job = await asked(stage, "protect", policy="gold")
     assert (job.state, job.error, refusing.tried) == ("succeeded", None, TRIES)
+    assert "cannot end, tried 2 times: RuntimeError" in steps_of(job)[-1].note
 
 
 async def test_a_success_that_cannot_be_written_is_undone(
