@@ -1,10 +1,10 @@
-"""Scripts on the config server's own host: a process group each, which never outlives its action.
+"""Scripts on the config server's own host, of which nothing outlives the action.
 
-The program leads a session of its own. It is left unreaped until its group has been killed, so
-that the group's number cannot be another's by then. What it writes is read as it comes; its end is
-kept. When this daemon is killed, so is the program: else the next attempt would run beside it.
+The program leads a session of its own below a supervisor, which ends as it does, once all is gone
+that it has begun. What it writes is read as it comes; its end is kept. When this daemon is killed,
+so is all of it: else the next attempt would run beside it.
 
-Source: setsid(2), pidfd_open(2), memfd_create(2), PR_SET_PDEATHSIG in prctl(2), setpriv(1).
+Source: pidfd_open(2), memfd_create(2); supervise.py.
 """
 
 import asyncio
@@ -12,8 +12,10 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 
+from appliance.config_server.recovery.actions.supervise import SWEEP_SECONDS_MAX, command_of
 from appliance.config_server.recovery.actions.tail import Tail
 
 ENVIRONMENT = {
@@ -26,8 +28,8 @@ ENVIRONMENT = {
 READ_BYTES = 64 << 10
 READS_AT_ONCE = 16
 SHELL = "/bin/sh"
-_DIES_WITH_US = ("/usr/bin/setpriv", "--pdeathsig", "KILL", "--")
-"""In front of a program; it becomes that program."""
+END_SECONDS_MAX = SWEEP_SECONDS_MAX + 5.0
+"""So long a supervisor may take to end all that there is."""
 
 
 async def run_local(words: Sequence[str], *, stdin: bytes, folder: str, output: Tail) -> int:
@@ -42,7 +44,7 @@ async def run_local(words: Sequence[str], *, stdin: bytes, folder: str, output: 
             os.write(given, stdin)
             os.lseek(given, 0, os.SEEK_SET)
             process = subprocess.Popen(  # noqa: ASYNC220 - it forks; nothing waits here
-                (*_DIES_WITH_US, *words),
+                command_of(words),
                 stdin=given,
                 stdout=writing,
                 stderr=writing,
@@ -53,10 +55,8 @@ async def run_local(words: Sequence[str], *, stdin: bytes, folder: str, output: 
         finally:
             os.close(given)
             os.close(writing)
-        try:
-            await _until_it_ends(process, reading, output)
-        finally:
-            _end(process)
+        await _until_it_ends(process, reading, output)
+        process.wait()
         _drain(reading, output)
         return process.returncode
     finally:
@@ -87,18 +87,25 @@ async def _until_it_ends(process: "subprocess.Popen[bytes]", reading: int, outpu
     loop.add_reader(reading, read)
     loop.add_reader(watched, end)
     try:
-        await ended
+        await asyncio.shield(ended)
+    except asyncio.CancelledError:
+        process.send_signal(signal.SIGTERM)
+        await _until_done(ended)
+        process.kill()
+        process.wait()
+        raise
     finally:
         loop.remove_reader(reading)
         loop.remove_reader(watched)
         os.close(watched)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill all of its group, then let the system forget it."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+async def _until_done(ended: "asyncio.Future[None]") -> None:
+    """For END_SECONDS_MAX at most, whoever else cancels meanwhile."""
+    deadline = time.monotonic() + END_SECONDS_MAX
+    while not ended.done() and (left := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({ended}, timeout=left)
 
 
 def _drain(reading: int, output: Tail) -> None:

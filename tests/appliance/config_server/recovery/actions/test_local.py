@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from appliance.config_server.recovery.actions.tail import TAIL_BYTES_MAX
+from appliance.config_server.recovery.actions.local import run_local
+from appliance.config_server.recovery.actions.tail import TAIL_BYTES_MAX, Tail
 from tests.appliance.config_server.recovery.actions.orders import (
     MACHINE,
     RUN,
@@ -19,6 +21,8 @@ from tests.appliance.config_server.recovery.actions.orders import (
     script,
     write_program,
 )
+
+ROOT = Path(__file__).parents[5]
 
 
 def sessions_with(mark: str) -> list[str]:
@@ -194,23 +198,139 @@ async def test_a_program_that_cannot_be_started_is_an_outcome(tmp_path: Path) ->
     assert "No such file" in outcome.output
 
 
+ESCAPES = """
+"$1" -c '
+import os, sys, time
+for _ in range(3):
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+os.closerange(0, 64)
+while True:
+    with open(sys.argv[1], "ab", 0) as file:
+        file.write(b".")
+    time.sleep(0.001)
+' "$2" &
+"""
+"""A daemon as in the books: twice forked, in sessions of its own, with no file of its parents."""
+
+
+def escaping(folder: Path, then: str) -> tuple[list[str], Path]:
+    """A program that begins a daemon, which writes on and on to a file, and then does something."""
+    written = folder / "written"
+    text = f'{ESCAPES}\nwhile [ ! -s "$2" ]; do :; done; {then}'
+    return ["/bin/sh", "-c", text, "sh", sys.executable, str(written)], written
+
+
+async def is_still(path: Path) -> bool:
+    """Whether nobody writes there any more."""
+    before = os.path.getsize(path)  # noqa: ASYNC240 - of a few bytes
+    await asyncio.sleep(0.2)
+    return 0 < before == os.path.getsize(path)  # noqa: ASYNC240
+
+
+async def test_who_leaves_the_session_is_gone_at_the_time_limit(tmp_path: Path) -> None:
+    words, written = escaping(tmp_path, "trap '' TERM; echo begun; sleep 3600")
+    (tmp_path / "scripts").mkdir(exist_ok=True)
+    program = write_program(tmp_path / "scripts", "escape", "#!/bin/sh\n" + words[2])
+    command = f"{program.name} {words[4]} {written}"
+    outcome = await runner(tmp_path).run(script({"command": command}, seconds_max=3))
+    assert "had not ended after 3 s" in outcome.detail
+    assert outcome.output == "begun\n"
+    assert await is_still(written)
+    assert not sessions_with(str(written))
+
+
+async def test_who_leaves_the_session_is_gone_when_the_program_ends(tmp_path: Path) -> None:
+    words, written = escaping(tmp_path, "echo done; exit 3")
+    output = Tail()
+    assert await run_local(words, stdin=b"", folder="/", output=output) == 3
+    assert output.text() == "done\n"
+    assert await is_still(written)
+    assert not sessions_with(str(written))
+
+
+async def test_who_leaves_the_session_is_gone_after_a_cancel_and_a_second_one(
+    tmp_path: Path,
+) -> None:
+    words, written = escaping(tmp_path, "sleep 3600")
+    task = asyncio.create_task(run_local(words, stdin=b"", folder="/", output=Tail()))
+    async with asyncio.timeout(20):
+        while not written.exists():  # noqa: ASYNC110 - the script tells nobody else
+            await asyncio.sleep(0.02)
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await is_still(written)
+    assert not sessions_with(str(written))
+
+
+async def test_the_program_is_as_if_nobody_were_above_it(tmp_path: Path) -> None:
+    """What it inherits of signals and files is what it got from this daemon."""
+    output = Tail()
+    text = "cat; grep -E 'Sig(Blk|Ign)' /proc/self/status; ls /proc/self/fd | wc -l"
+    text += '; ps -o sid= -p $$ | grep -qw $$ && echo leads; echo "$#" >&2'
+    words = ["/bin/sh", "-c", text, "sh", "a b"]
+    assert await run_local(words, stdin=b"given\n", folder=str(tmp_path), output=output) == 0
+    given, blocked, ignored, *rest = output.text().splitlines()
+    assert (given, rest) == ("given", ["4", "leads", "1"])
+    assert int(blocked.split()[1], 16) == 0
+    changed = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD, signal.SIGTERM)
+    assert int(ignored.split()[1], 16) & sum(1 << (number - 1) for number in changed) == 0
+
+
 async def test_a_script_dies_with_the_daemon_that_runs_it(tmp_path: Path) -> None:
     """It would go on beside the next attempt."""
-    mark = f"3600.{os.getpid()}5"
+    words, written = escaping(tmp_path, "sleep 3600")
     text = (
         "import asyncio\n"
         "from appliance.config_server.recovery.actions.local import run_local\n"
         "from appliance.config_server.recovery.actions.tail import Tail\n"
-        f"words = ('/bin/sleep', {mark!r})\n"
-        "asyncio.run(run_local(words, stdin=b'', folder='/', output=Tail()))\n"
+        f"asyncio.run(run_local({words!r}, stdin=b'', folder='/', output=Tail()))\n"
     )
     daemon = await asyncio.create_subprocess_exec(sys.executable, "-c", text)
     try:
         async with asyncio.timeout(60):
-            while len(sleeping := sessions_with(f"sleep\0{mark}")) != 1:  # noqa: ASYNC110
+            while not written.exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        assert sleeping != [str(daemon.pid)]
     finally:
         daemon.kill()
         await daemon.wait()
-    await until_gone(f"sleep\0{mark}")
+    await until_gone(str(written))
+    assert await is_still(written)
+
+
+async def test_it_holds_for_a_daemon_without_privileges(tmp_path: Path) -> None:
+    """Another user, no new privileges, /proc with its own processes alone: as the unit has it. The
+    one capability lets it read this interpreter.
+    """
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for each in (*list(tmp_path.parents)[:3], tmp_path):
+        each.chmod(each.stat().st_mode | 0o111)
+    os.chown(folder, 65534, 65534)
+    words, written = escaping(folder, "echo done; exit 4")
+    text = (
+        "import asyncio\n"
+        "from appliance.config_server.recovery.actions.local import run_local\n"
+        "from appliance.config_server.recovery.actions.tail import Tail\n"
+        "output = Tail()\n"
+        f"print(asyncio.run(run_local({words!r}, stdin=b'', folder='/', output=output)))\n"
+        "print(output.text())\n"
+    )
+    kept = "-all,+dac_read_search"
+    rights = f"--inh-caps={kept} --ambient-caps={kept} --bounding-set={kept}"
+    daemon = await asyncio.create_subprocess_exec(
+        *("unshare", "--mount", "--", "sh", "-c"),
+        "mount -t proc -o hidepid=invisible,subset=pid proc /proc && exec setpriv --reuid=65534"
+        f' --regid=65534 --clear-groups --no-new-privs {rights} -- "$0" -c "$1"',
+        *(sys.executable, text),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+    )
+    said, _ = await daemon.communicate()
+    assert said == b"4\ndone\n\n"
+    assert await is_still(written)
+    assert not sessions_with(str(written))
