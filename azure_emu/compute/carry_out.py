@@ -93,6 +93,7 @@ async def _start(vm: Vm, accelerator: str) -> None:
         accelerator=accelerator,
         guest_folder=vm.site.config.guest_folder,
         nonce=vm.record.nonce,
+        dependent=frozenset(each.index for each in await vm.dependent()),
     )
     await vm.running.start(boot)
     vm.tell("")

@@ -54,6 +54,8 @@ class ComputeConfig(DaemonConfig):
     accelerator:      ``auto`` takes KVM after a probe boot has worked, else emulation.
     memory_bytes_max: of all running VMs together; 0: half of the host's.
     boots_max:        VMs that boot and are checked at once.
+    landlock:         ``required`` runs nothing on a kernel that cannot keep QEMU to its VM's files;
+                      ``optional`` runs it there with what else confines it.
     """
 
     points_folder: str
@@ -62,6 +64,7 @@ class ComputeConfig(DaemonConfig):
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     memory_bytes_max: Annotated[int, Field(ge=0)] = 0
     boots_max: Annotated[int, Field(ge=1, le=64)] = 2
+    landlock: Literal["required", "optional"] = "required"
     network: NetworkConfig = NetworkConfig()
     control: ControlConfig | None = None
     service: ServiceConfig = ServiceConfig()

@@ -4,6 +4,9 @@ A disk is there whole or not: it is made under another name, synced, and renamed
 goes to the overlay, and the point stays as it is. Clusters are whole: with parts of clusters
 (extended_l2) QEMU before 8.1 aborts when it streams.
 
+Whoever broke out of a VM may have written its file anew: qemu-img, which reads it, is confined to
+the file and its point, and told the format.
+
 Source: QEMU docs/interop/qcow2.txt; qemu-img(1).
 """
 
@@ -17,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from azure_emu.compute.confine import confined
 from azure_emu.compute.tool import any_line, run_tool, try_tool
 from daemon.durable import make_folder, storage_error, sync_folder
 from replication.control.recovery import SourceDisk
@@ -124,7 +128,7 @@ async def needs_source(disk: Disk) -> bool:
     is in use. Raises StorageError.
     """
     command = ["qemu-img", "map", "-U", "-f", "qcow2", "--output=json", disk.path]
-    return await any_line(command, _left_to_source)
+    return await any_line(_reading(disk, command), _left_to_source)
 
 
 def _left_to_source(line: bytes) -> bool:
@@ -143,7 +147,8 @@ async def refuse_snapshots(disk: Disk) -> None:
 
 
 async def _info(disk: Disk) -> dict[str, Any]:
-    told = json.loads(await run_tool("qemu-img", "info", "-U", "--output=json", disk.path))
+    command = ["qemu-img", "info", "-U", "-f", "qcow2", "--output=json", disk.path]
+    told = json.loads(await run_tool(*_reading(disk, command)))
     assert isinstance(told, dict)
     return told
 
@@ -164,7 +169,9 @@ async def make_independent(disk: Disk) -> None:
     _unlink(pending)
     command = ["qemu-img", "convert", "-q", "-f", "qcow2", "-O", "qcow2", "-o", OPTIONS]
     try:
-        await run_tool(*command, disk.path, pending, seconds_max=None)
+        _make_empty(pending)
+        whole = _reading(disk, [*command, disk.path, pending], write=pending)
+        await run_tool(*whole, seconds_max=None)
         await asyncio.to_thread(_sync, pending)
         _rename(pending, disk.path)  # here, as a thread would go on when this is cancelled
     finally:
@@ -183,11 +190,18 @@ async def snapshot(disk: Disk, name: str) -> None:
             f"{disk.path} still stands on its point",
             hint="order the VM's disks to stand alone first",
         )
-    await _unused(disk, "qemu-img", "snapshot", "-q", "-c", name, disk.path)
+    await _snapshot(disk, "-c", name)
 
 
 async def delete_snapshot(disk: Disk, name: str) -> None:
-    await _unused(disk, "qemu-img", "snapshot", "-q", "-d", name, disk.path)
+    await _snapshot(disk, "-d", name)
+
+
+async def _snapshot(disk: Disk, verb: str, name: str) -> None:
+    # Not told the format it would look for another one.
+    image = f"driver=qcow2,file.driver=file,file.filename={disk.path.replace(',', ',,')}"
+    command = ["qemu-img", "snapshot", "-q", verb, name, "--image-opts", image]
+    await _unused(disk, confined(command, write=[disk.path], read=[disk.source], search=True))
 
 
 async def export(disk: Disk, target: str) -> None:
@@ -199,21 +213,36 @@ async def export(disk: Disk, target: str) -> None:
         raise InputError(f"{target} is there already")
     pending = f"{target}.{secrets.token_hex(4)}{_PENDING}"
     try:
-        await _unused(disk, "qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk.path, pending)
+        _make_empty(pending)
+        command = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk.path, pending]
+        await _unused(disk, _reading(disk, command, write=pending))
         await asyncio.to_thread(_sync_and_rename, pending, target)
         await asyncio.to_thread(sync_folder, os.path.dirname(target) or ".")
     finally:
         _unlink(pending)
 
 
-async def _unused(disk: Disk, *command: str) -> None:
+def _reading(disk: Disk, command: Sequence[str], write: str = "") -> list[str]:
+    """The command, which may read the disk and its point, and write that file."""
+    read = [disk.path, disk.source]
+    return confined(command, read=read, write=[write] if write else [], search=True)
+
+
+def _make_empty(path: str) -> None:
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise storage_error("make", path, error) from error
+
+
+async def _unused(disk: Disk, command: Sequence[str]) -> None:
     code, _, said = await try_tool(*command, seconds_max=None)
     if code == 0:
         return
     words = said.decode(errors="replace").strip()
     if "lock" in words:
         raise ConflictError(f"{disk.path} is in use", hint="switch the VM off first")
-    raise StorageError(f"{command[0]} {command[1]} failed: {words[-600:]}")
+    raise StorageError(f"qemu-img failed on {disk.path}: {words[-600:]}")
 
 
 def space_bytes(disks: Sequence[Disk]) -> int:
@@ -229,8 +258,11 @@ async def read_head(disk: Disk, size: int) -> bytes:
     """The beginning of the disk as it is now. Raises StorageError."""
     copy = disk.path + ".head"
     command = ["qemu-img", "dd", "-U", "-f", "qcow2", "-O", "raw", f"bs={size}", "count=1"]
+    _unlink(copy)
     try:
-        await run_tool(*command, f"if={disk.path}", f"of={copy}")
+        _make_empty(copy)
+        whole = [*command, f"if={disk.path}", f"of={copy}"]
+        await run_tool(*_reading(disk, whole, write=copy))
         return await asyncio.to_thread(_read, copy, size)
     finally:
         _unlink(copy)

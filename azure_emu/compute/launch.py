@@ -1,22 +1,26 @@
 """How a VM's process is started: the command line, pure, and the start itself.
 
-QEMU runs in a session of its own in the VM's network namespace and outlives the daemon. It may not
-start programs or change its rights (seccomp). A failed read or write of a disk stops the CPUs, and
-so do a reboot of the recovery guest and the power-off of any.
+QEMU runs in a session of its own in the VM's network namespace and outlives the daemon. What comes
+from a disk may be hostile, so it is confined to what it is given: it opens its disks, its console
+and the recovery guest's files, and gets the rest opened. It may not start programs or change its
+rights (seccomp). A failed read or write of a disk stops the CPUs, and so do a reboot of the
+recovery guest and the power-off of any.
 
-Source: QEMU System Emulation, Invocation.
+Source: QEMU System Emulation, Invocation; docs/adr/0018-qemu-in-landlock.md.
 """
 
 import asyncio
 import contextlib
+import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from azure_emu.compute.confine import confined
 from azure_emu.compute.disk import Disk
 from azure_emu.compute.guest.build import INITRAMFS, KERNEL, TOOLS
-from azure_emu.compute.monitor import SOCKET, Monitor
+from azure_emu.compute.monitor import POINT_SETS, SOCKET, Monitor
 from azure_emu.compute.network import NAMESPACES, Attachment
 from azure_emu.compute.process import find_processes
 from azure_emu.compute.tool import WORDS_MAX, dying_with_us
@@ -43,6 +47,9 @@ GUEST_OPTIONS = (
     " random.trust_cpu=on no_timer_check audit=0 apparmor=0 cryptomgr.notests 8250.nr_uarts=1"
     " rcupdate.rcu_expedited=1"
 )
+KVM = "/dev/kvm"
+MONITOR_DESCRIPTOR, TAP_DESCRIPTOR, POINTS_DESCRIPTOR = 10, 11, 12
+READ_ONLY = ",read-only=on"
 _FIRST_SLOT, _FUNCTIONS = 4, 8
 _SECTOR = 512
 
@@ -51,7 +58,9 @@ _SECTOR = 512
 class Boot:
     """One boot of a VM.
 
-    nonce: empty for a guest of its own.
+    nonce:     empty for a guest of its own.
+    dependent: numbers of the disks that stand on their points. Only these have a point, and it is
+               the one that was ordered, whatever the file says that whoever broke out has written.
     """
 
     folder: str
@@ -61,6 +70,7 @@ class Boot:
     accelerator: str
     guest_folder: str
     nonce: str
+    dependent: frozenset[int] = frozenset()
 
 
 def mark_of(folder: str) -> str:
@@ -87,23 +97,24 @@ def command_line(boot: Boot) -> list[str]:
         *("-M", "pc", "-m", str(memory), "-smp", str(boot.order.cpu_count)),
         *("-accel", "kvm" if kvm else f"tcg,tb-size={TRANSLATION_MEBIBYTES}"),
         *("-cpu", "host" if kvm else "max,la57=off"),
-        *("-chardev", f"socket,id=qmp,path={SOCKET},server=on,wait=off"),
+        *("-chardev", f"socket,id=qmp,fd={MONITOR_DESCRIPTOR},server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
         *("-chardev", f"file,id=console,path={CONSOLE},append=on", "-serial", "chardev:console"),
         *("-device", "VGA,addr=2", "-device", "virtio-rng-pci,addr=3"),
         *("-action", f"reboot={'shutdown' if recovery else 'reset'},shutdown=pause"),
     ]
     if boot.attachment is not None:
-        tap, mac = boot.attachment.tap, boot.attachment.mac
-        command += ["-netdev", f"tap,id=net,ifname={tap},script=no,downscript=no"]
+        mac = boot.attachment.mac
+        command += ["-netdev", f"tap,id=net,fd={TAP_DESCRIPTOR}"]
         command += ["-device", f"virtio-net-pci,netdev=net,mac={mac},romfile=,addr=1e"]
     for number, disk in enumerate(boot.disks):
-        name = disk.node
-        file = os.path.basename(disk.path)
+        if disk.index in boot.dependent:
+            chosen = f"set={POINT_SETS + disk.index}"
+            command += ["-add-fd", f"fd={POINTS_DESCRIPTOR + number},{chosen}"]
+        first = number == 0 and not recovery
         command += [
-            *("-blockdev", f"driver=file,node-name=file-{name},filename={file},discard=unmap"),
-            *("-blockdev", f"driver=qcow2,node-name={name},file=file-{name},discard=unmap"),
-            *("-device", _device(number, name, first=number == 0 and not recovery)),
+            *("-blockdev", json.dumps(_image(disk, is_alone=disk.index not in boot.dependent))),
+            *("-device", _device(number, disk.node, first=first)),
         ]
     if recovery:
         command += ["-kernel", os.path.join(boot.guest_folder, KERNEL)]
@@ -113,11 +124,47 @@ def command_line(boot: Boot) -> list[str]:
             images = {"script": SCRIPT, "tools": os.path.join(boot.guest_folder, TOOLS)}
             for extra, (name, file) in enumerate(images.items()):
                 command += [
-                    *("-blockdev", f"driver=file,node-name=file-{name},filename={file}"),
-                    *("-blockdev", f"driver=raw,node-name={name},file=file-{name},read-only=on"),
+                    *("-blockdev", f"node-name=file-{name},driver=file,filename={file}{READ_ONLY}"),
+                    *("-blockdev", f"node-name={name},driver=raw,file=file-{name}{READ_ONLY}"),
                     *("-device", _device(len(boot.disks) + extra, name, first=False)),
                 ]
     return command
+
+
+def _image(disk: Disk, *, is_alone: bool) -> dict[str, object]:
+    """The disk's file over its point's, which is let go of when the copy of it has ended."""
+    name = disk.node
+    file = {"driver": "file", "node-name": f"file-{name}", "filename": os.path.basename(disk.path)}
+    point = {"driver": "file", "filename": f"/dev/fdset/{POINT_SETS + disk.index}"}
+    backing = {"driver": "raw", "read-only": True, "file": point | {"read-only": True}}
+    image = {"driver": "qcow2", "node-name": name, "discard": "unmap"}
+    return image | {"file": file | {"discard": "unmap"}, "backing": None if is_alone else backing}
+
+
+def confined_command(boot: Boot) -> list[str]:
+    """QEMU, to be run in the VM's folder, with what it may reach."""
+    read = []
+    if boot.nonce:
+        read += [os.path.join(boot.guest_folder, name) for name in (KERNEL, INITRAMFS)]
+        if boot.order.script:
+            read += [SCRIPT, os.path.join(boot.guest_folder, TOOLS)]
+    write = [os.path.basename(disk.path) for disk in boot.disks]
+    write += [CONSOLE, os.path.basename(mark_of(boot.folder))]
+    if boot.accelerator == "kvm":
+        write.append(KVM)
+    points = [
+        (POINTS_DESCRIPTOR + number, disk.source)
+        for number, disk in enumerate(boot.disks)
+        if disk.index in boot.dependent
+    ]
+    return confined(
+        command_line(boot),
+        read=read,
+        write=write,
+        opened=points,
+        listening=(MONITOR_DESCRIPTOR, SOCKET),
+        tap=(TAP_DESCRIPTOR, boot.attachment.tap) if boot.attachment is not None else None,
+    )
 
 
 def guest_options(boot: Boot) -> str:
@@ -154,7 +201,10 @@ async def launch(boot: Boot) -> int:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(boot.folder, SOCKET))
     said = os.path.join(boot.folder, SAID)
-    command = command_line(boot)
+    for own in (os.path.join(boot.folder, CONSOLE), mark_of(boot.folder)):
+        with open(own, "ab"):  # noqa: ASYNC230 - QEMU may make no file
+            pass
+    command = confined_command(boot)
     if boot.attachment is not None:
         command = ["nsenter", f"--net={NAMESPACES}/{boot.attachment.namespace}", "--", *command]
     await _detach(command, boot.folder, said)

@@ -10,14 +10,20 @@ Source: QEMU QMP Reference Manual.
 import asyncio
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from qemu.qmp import QMPClient, QMPError
 
+from azure_emu.compute.tool import WORDS_MAX
 from replication.errors import UnavailableError
 
 SOCKET = "qmp.sock"
+POINT_SETS = 32
+"""A disk's number and this is the number of the set of descriptors that has its point's file."""
+
+SCREEN_SET = 1
 CALL_SECONDS_MAX = 30.0
 _STREAM = "stream-"
 
@@ -67,13 +73,16 @@ class Monitor:
 
     async def status(self) -> str:
         """Of the CPUs: ``running``, ``io-error``, ``internal-error``, ``shutdown``, …"""
-        return str((await self._ask("query-status"))["status"])
+        answer = await self._ask("query-status")
+        with _readable("query-status"):
+            return str(answer["status"])
 
     async def disk_is_full(self) -> bool:
         """Whether the CPUs were stopped by a lack of room for a write, and by nothing else."""
         blocks = await self._ask("query-block")
-        states = {block.get("io-status", "ok") for block in blocks} - {"ok"}
-        return states == {"nospace"}
+        with _readable("query-block"):
+            states = {block.get("io-status", "ok") for block in blocks} - {"ok"}
+            return states == {"nospace"}
 
     async def resume(self) -> None:
         await self._ask("cont")
@@ -87,8 +96,21 @@ class Monitor:
             await self._ask("quit")
 
     async def screenshot(self, path: str) -> None:
-        """Write what the screen shows as PNG."""
-        await self._ask("screendump", {"filename": path, "format": "png"})
+        """Write what the screen shows as PNG. QEMU may open no file: it is given this one."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC)
+        chosen: dict[str, object] = {"fdset-id": SCREEN_SET}
+        try:
+            self._client.send_fd_scm(fd)
+            await self._ask("add-fd", chosen)
+        except (QMPError, OSError) as error:
+            raise UnavailableError(f"QEMU takes no file: {error}") from error
+        finally:
+            os.close(fd)
+        try:
+            file = f"/dev/fdset/{SCREEN_SET}"
+            await self._ask("screendump", {"filename": file, "format": "png"})
+        finally:
+            await self._ask("remove-fd", chosen)
 
     async def start_stream(self, node: str) -> None:
         """Begin to copy into ``node`` what is only below it. The job waits before it lets go of the
@@ -99,18 +121,19 @@ class Monitor:
 
     async def streams(self) -> list[StreamJob]:
         jobs = await self._ask("query-jobs")
-        return [
-            StreamJob(
-                name=job["id"],
-                node=job["id"].removeprefix(_STREAM),
-                state=job["status"],
-                done_bytes=job["current-progress"],
-                total_bytes=job["total-progress"],
-                error=job.get("error", ""),
-            )
-            for job in jobs
-            if job["type"] == "stream"
-        ]
+        with _readable("query-jobs"):
+            return [
+                StreamJob(
+                    name=str(job["id"]),
+                    node=str(job["id"]).removeprefix(_STREAM),
+                    state=str(job["status"]),
+                    done_bytes=int(job["current-progress"]),
+                    total_bytes=int(job["total-progress"]),
+                    error=str(job.get("error", "")),
+                )
+                for job in jobs
+                if job["type"] == "stream"
+            ]
 
     async def finalize(self, job: StreamJob) -> None:
         """Have a pending copy let go of the backing file: the header of the image says so at once.
@@ -120,16 +143,21 @@ class Monitor:
         await self._ask("job-finalize", {"id": job.name})
 
     async def dismiss(self, job: StreamJob) -> None:
-        """Forget a copy that has concluded."""
+        """Forget a copy that has concluded; the point's file is closed, if nothing needs it."""
         await self._ask("job-dismiss", {"id": job.name})
+        number = job.node.removeprefix("disk")
+        if not job.error and number.isdecimal():
+            with contextlib.suppress(UnavailableError):  # it was closed with another connection
+                await self._ask("remove-fd", {"fdset-id": POINT_SETS + int(number)})
 
     async def flush(self, node: str) -> None:
         """Have all that QEMU holds of a disk, tables too, written and synced. It does not tell when
         a write fails.
         """
-        said = await self._ask("human-monitor-command", {"command-line": f"qemu-io {node} flush"})
-        if said.strip():
-            raise UnavailableError(f"QEMU does not flush {node}: {said.strip()}")
+        told: dict[str, object] = {"command-line": f"qemu-io {node} flush"}
+        said = str(await self._ask("human-monitor-command", told)).strip()
+        if said:
+            raise UnavailableError(f"QEMU does not flush {node}: {said[:WORDS_MAX]}")
 
     async def _ask(self, command: str, arguments: dict[str, object] | None = None) -> Any:
         try:
@@ -138,3 +166,12 @@ class Monitor:
         except (QMPError, OSError, TimeoutError, EOFError) as error:
             told = str(error) or type(error).__name__
             raise UnavailableError(f"QEMU does not do {command}: {told}") from error
+
+
+@contextlib.contextmanager
+def _readable(command: str) -> Iterator[None]:
+    """An answer that is none is that of a VM that broke out, and its trouble alone."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UnavailableError(f"QEMU's answer to {command} cannot be read") from error

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from azure_emu.compute.accelerator import choose_accelerator, clear_probes
 from azure_emu.compute.admission import Admission
 from azure_emu.compute.config import ComputeConfig
+from azure_emu.compute.confine import landlock_version
 from azure_emu.compute.evidence import PutEvidence
 from azure_emu.compute.machine import Machine
 from azure_emu.compute.network import Networks
@@ -27,7 +28,7 @@ from daemon.troubles import troubles_of
 from replication.control.assignment import ComputeAssignment
 from replication.control.recovery import VMS_MAX, VirtualMachineOrder
 from replication.control.report import ComputeReport
-from replication.errors import ReplicationError, StorageError
+from replication.errors import ConfigError, ReplicationError, StorageError
 
 VMS_FOLDER, NETWORKS_FOLDER = "vms", "networks"
 
@@ -39,9 +40,10 @@ class Node:
     """
 
     def __init__(self, config: ComputeConfig, service: Service, put_evidence: PutEvidence) -> None:
-        """Raises StorageError."""
+        """Raises StorageError; ConfigError on a kernel that cannot confine VMs as it should."""
         self._config = config
         self._health = service.health
+        self._judge_kernel()
         self._load = LoadMeter()
         self._started_ns = time.time_ns()
         self._software = importlib.metadata.version("understudy")
@@ -64,6 +66,17 @@ class Node:
             tell=self.changed.set,
             accelerator=self._accelerator,
         )
+
+    def _judge_kernel(self) -> None:
+        if landlock_version():
+            return
+        if self._config.landlock == "required":
+            raise ConfigError(
+                "this kernel has no Landlock: a VM that breaks out of QEMU reads the host's files",
+                hint='boot with lsm=landlock,…; or accept that: landlock = "optional"',
+            )
+        told = "this kernel has no Landlock: QEMU may read what root may without capabilities"
+        self._health.report("confinement", warning=told)
 
     async def run(self, group: asyncio.TaskGroup) -> None:
         """Adopt what there is, and choose an accelerator; returns when that is done."""

@@ -20,7 +20,7 @@ async def run_tool(*command: str, seconds_max: float | None = SECONDS_MAX) -> by
     code, out, err = await try_tool(*command, seconds_max=seconds_max)
     if code != 0:
         said = (err or out).decode(errors="replace").strip()[-WORDS_MAX:]
-        raise StorageError(f"{' '.join(command[:3])} … failed with exit code {code}: {said}")
+        raise StorageError(f"{_shown(command)} … failed with exit code {code}: {said}")
     return out
 
 
@@ -41,7 +41,7 @@ async def try_tool(
         async with asyncio.timeout(seconds_max):
             out, err = await process.communicate()
     except TimeoutError as error:
-        raise UnavailableError(f"{command[0]} did not end within {seconds_max:.0f} s") from error
+        raise UnavailableError(f"{_shown(command)} did not end in {seconds_max:.0f} s") from error
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -74,8 +74,14 @@ async def any_line(command: Sequence[str], holds: Callable[[bytes], bool]) -> bo
                 process.kill()
             await process.wait()
     if code != 0:
-        raise StorageError(f"{' '.join(command[:3])} … failed with exit code {code}")
+        raise StorageError(f"{_shown(command)} … failed with exit code {code}")
     return False
+
+
+def _shown(command: Sequence[str]) -> str:
+    """How the program itself begins, whatever it is run by."""
+    own = command[command.index("--") + 1 :] if "--" in command else command
+    return " ".join(own[:3])
 
 
 def dying_with_us(command: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -83,6 +84,17 @@ class Place:
             await try_tool("ip", "netns", "delete", namespace)
 
 
+def files_of(process: int, *, writable: bool = False) -> set[str]:
+    """What a process has open; ``writable``: that alone which it may write."""
+    found = set()
+    for descriptor in Path(f"/proc/{process}/fd").iterdir():
+        told = Path(f"/proc/{process}/fdinfo/{descriptor.name}").read_text()
+        flags = int(told.partition("flags:")[2].split()[0], 8)
+        if flags & os.O_ACCMODE != os.O_RDONLY or not writable:
+            found.add(str(descriptor.readlink()))
+    return {name for name in found if name.startswith("/")}
+
+
 class RunningNode:
     """A node that follows what `order` says. evidence: what it sent, by VM and kind."""
 
@@ -140,4 +152,4 @@ async def running(place: Place) -> AsyncIterator[RunningNode]:
             await site.node.stop()
 
 
-__all__ = ["MIB", "Place", "RunningNode", "VmPower", "running"]
+__all__ = ["MIB", "Place", "RunningNode", "VmPower", "files_of", "running"]

@@ -175,3 +175,41 @@ async def test_a_disk_in_use_is_not_exported(tmp_path: Path) -> None:
     finally:
         holder.kill()
         holder.wait()
+
+
+@pytest.mark.parametrize("kind", ["backing file", "data file", "other format"])
+async def test_a_disk_that_names_a_file_which_is_not_its_own_gives_nothing_of_it(
+    tmp_path: Path, kind: str
+) -> None:
+    """As one that was written by whoever broke out of a VM."""
+    made = source(tmp_path, 1 << 20)
+    await disk.make_disks([made])
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret".ljust(1 << 20))
+    if kind == "backing file":
+        command = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", str(secret)]
+        subprocess.run([*command, made.path], check=True)
+    elif kind == "data file":
+        options = f"data_file={secret},data_file_raw=on"
+        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, made.path, "1M"]
+        subprocess.run(command, check=True)
+        secret.write_bytes(b"secret".ljust(1 << 20))
+    else:
+        extent = f'RW 2048 FLAT "{secret}" 0'
+        Path(made.path).write_text(
+            "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\n"
+            f'createType="monolithicFlat"\n{extent}\n'
+        )
+    target = tmp_path / "target"
+    for attempt in (
+        disk.read_head(made, 512),
+        disk.export(made, str(target)),
+        disk.make_independent(made),
+        disk.needs_source(made),
+    ):
+        with pytest.raises(StorageError):
+            await attempt
+    assert not target.exists()
+    left = sorted(path.name for path in (tmp_path / "vm").iterdir())
+    assert left == ["disk0.qcow2"]
+    assert secret.read_bytes().startswith(b"secret")

@@ -59,7 +59,7 @@ def test_script_and_tools_are_read_only_disks_of_the_recovery_guest() -> None:
     assert "tools" not in " ".join(command_line(boot()))
     assert "script.img" not in " ".join(command_line(boot(nonce="", script="true")))
     blocks = values(command_line(boot(script="true")), "-blockdev")
-    assert sum("read-only=on" in block for block in blocks) == 2
+    assert sum("read-only=on" in block for block in blocks) == 4
 
 
 def test_the_guest_is_told_its_time() -> None:

@@ -3,13 +3,14 @@
 # ruff: noqa: ASYNC221 - nothing else runs on this loop
 
 import asyncio
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from azure_emu.compute import carry_out, evidence, monitor
+from azure_emu.compute import carry_out, confine, evidence, monitor
 from azure_emu.compute.launch import CONSOLE
 from azure_emu.compute.record import VmRecord
 from replication.control.recovery import (
@@ -20,7 +21,8 @@ from replication.control.recovery import (
     VmReport,
     VmState,
 )
-from tests.azure_emu.compute.site import MIB, SECONDS_MAX, Place, running
+from replication.errors import ConfigError
+from tests.azure_emu.compute.site import MIB, SECONDS_MAX, Place, files_of, running
 
 pytestmark = pytest.mark.timeout(900)
 """Emulated guests beside other tests take their time."""
@@ -118,7 +120,16 @@ async def test_one_boot_of_the_recovery_guest_finds_everything(place: Place) -> 
         assert b"the script begins" in console
         assert b"/dev/vda (disk 0) ext4 clean=true" in console
         assert site.evidence[order.id, EvidenceKind.SCREENSHOT].startswith(b"\x89PNG")
-        assert len(place.processes(order.id)) == 1
+        (process,) = place.processes(order.id)
+        its_own = {"diskN.qcow2", CONSOLE, "qemu.pid", "qemu.log"}
+        for name in files_of(process, writable=True) - {"/dev/null", "/dev/net/tun"}:
+            assert Path(name).parent == place.vm_folder(order.id)
+            assert re.sub(r"disk\d", "diskN", Path(name).name) in its_own
+        status = await asyncio.to_thread(Path(f"/proc/{process}/status").read_text)
+        assert re.findall(r"^Cap\w+:\t0+$", status, re.MULTILINE) == [
+            f"Cap{name}:\t{0:016x}" for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")
+        ]
+        assert "NoNewPrivs:\t1" in status
 
         # What is written goes to the overlay; the point is as it was.
         for source, changed in before.items():
@@ -203,6 +214,38 @@ async def test_a_disk_that_boots_is_up_at_its_login_prompt(
         await site.until(order.id, lambda one: one.state is VmState.DISKS_READY)
         await site.order(removed=(order.id,))
         await site.until_removed(order.id)
+
+
+async def test_a_vm_stands_on_what_was_ordered_whatever_its_file_says(place: Place) -> None:
+    """The file was written anew, as by whoever broke out."""
+    disk = own_disk(place, b"\r\nother login: ")
+    (place.points / "disk0").rename(place.points / "other")
+    disk = own_disk(place, b"\r\nweb-01 login: ")
+    order = place.order(disk, guest=GuestChoice.OWN)
+    async with running(place) as site:
+        await site.order(order)
+        await site.until(order.id, lambda one: one.state is VmState.DISKS_READY)
+        image = place.vm_folder(order.id) / "disk0.qcow2"
+        rebase = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b"]
+        subprocess.run([*rebase, place.points / "other", image], check=True)
+        await site.order(order.model_copy(update={"power": VmPower.ON}))
+        await site.until(order.id, lambda one: one.state is VmState.UP)
+        console = (place.vm_folder(order.id) / CONSOLE).read_bytes()
+        assert b"web-01 login" in console
+        assert b"other" not in console
+
+
+async def test_a_kernel_without_landlock_is_refused_or_told(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confine, "_CREATE_RULESET", 9999)  # which no kernel has
+    with pytest.raises(ExceptionGroup) as raised:
+        async with running(place):
+            pass
+    assert raised.group_contains(ConfigError, match="no Landlock")
+    place.config = place.config.model_copy(update={"landlock": "optional"})
+    async with running(place) as site:
+        assert "no Landlock" in site.service.health.warnings["confinement"]
 
 
 async def test_a_guest_that_is_silent_fails_in_time_and_says_so(place: Place) -> None:

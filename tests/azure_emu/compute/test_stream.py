@@ -12,7 +12,7 @@ from azure_emu.compute.disk import disks_of, needs_source
 from azure_emu.compute.monitor import Monitor
 from azure_emu.compute.process import kill
 from replication.control.recovery import VmPower, VmState
-from tests.azure_emu.compute.site import MIB, SECONDS_MAX, Place, running
+from tests.azure_emu.compute.site import MIB, SECONDS_MAX, Place, files_of, running
 from tests.azure_emu.compute.test_node import own_disk
 
 pytestmark = pytest.mark.timeout(900)
@@ -28,6 +28,9 @@ async def test_a_copied_disk_has_all_of_its_point_when_qemu_is_killed(place: Pla
         await site.order(order)
         await site.until(order.id, lambda one: one.state is VmState.UP)
         await site.until(order.id, lambda _: len(site.evidence) == 2)
+        (process,) = place.processes(order.id)
+        points = {str(place.points / disk.source) for disk in disks}
+        assert points <= files_of(process)
 
     # The daemon is away when a copy has come to its end.
     monitor = await Monitor.connect(str(place.vm_folder(order.id)))
@@ -42,6 +45,7 @@ async def test_a_copied_disk_has_all_of_its_point_when_qemu_is_killed(place: Pla
     async with running(place) as site:
         await site.order(order.model_copy(update={"independent": True}))
         await site.until(order.id, lambda one: one.independent)
+        assert not points & files_of(process)  # nothing holds up that they go
         (process,) = place.processes(order.id)
         await kill(process)
     for disk in disks:
