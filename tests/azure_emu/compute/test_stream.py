@@ -5,13 +5,17 @@
 import asyncio
 import random
 import subprocess
+import uuid
+from pathlib import Path
 
 import pytest
 
 from azure_emu.compute.disk import disks_of, needs_source
+from azure_emu.compute.guest.build import KERNEL
 from azure_emu.compute.monitor import Monitor
 from azure_emu.compute.process import kill
 from replication.control.recovery import VmPower, VmState
+from replication.errors import UnavailableError
 from tests.azure_emu.compute.site import MIB, SECONDS_MAX, Place, files_of, running
 from tests.azure_emu.compute.test_node import own_disk
 
@@ -34,6 +38,7 @@ async def test_a_copied_disk_has_all_of_its_point_when_qemu_is_killed(place: Pla
 
     # The daemon is away when a copy has come to its end.
     monitor = await Monitor.connect(str(place.vm_folder(order.id)))
+    await reaches_nothing_else(place, order.id, monitor)
     await monitor.start_stream("disk1")
     async with asyncio.timeout(SECONDS_MAX):
         while (await monitor.streams())[0].state != "pending":  # noqa: ASYNC110 - QEMU
@@ -86,3 +91,24 @@ async def test_a_disk_with_snapshots_is_not_copied_while_its_vm_runs_and_says_wh
         await site.order(order.model_copy(update=off))
         report = await site.until(order.id, lambda one: one.independent)
         assert report.reason == ""
+
+
+async def reaches_nothing_else(place: Place, vm: uuid.UUID, monitor: Monitor) -> None:
+    """QEMU does what its monitor says, as whoever broke out would, and cannot."""
+    (place.points / "other").write_bytes(bytes(512))
+    (place.data / "vms/other").mkdir()
+    (place.data / "vms/other/disk0.qcow2").write_bytes(bytes(512))
+    own, guest = place.vm_folder(vm), Path(place.config.guest_folder)
+    for path in (
+        *("/etc/shadow", "/etc/passwd", "/proc/1/environ", "vm.json", own / "vm.json"),
+        *(place.points / "other", place.points / "disk1", place.data / "vms/other/disk0.qcow2"),
+    ):
+        asked = {"driver": "file", "node-name": "x", "filename": str(path), "read-only": True}
+        with pytest.raises(UnavailableError, match="Permission denied"):
+            await monitor._ask("blockdev-add", asked)
+    for path in (own / "new", "vm.json", place.points / "disk1", guest / KERNEL, "/tmp/new"):
+        with pytest.raises(UnavailableError, match=r"Permission denied|not permitted"):
+            await monitor._ask("screendump", {"filename": str(path)})
+    assert not (own / "new").exists()
+    (place.data / "vms/other/disk0.qcow2").unlink()
+    (place.data / "vms/other").rmdir()
