@@ -109,7 +109,7 @@ async def _until_done(ended: "asyncio.Future[None]") -> None:
 
 
 def _drain(reading: int, output: Tail) -> None:
-    """What the pipe still holds; who escaped from the group and goes on writing is not read on."""
+    """What the pipe still holds; who escaped and goes on writing is not read on."""
     for _ in range(READS_AT_ONCE):
         try:
             part = os.read(reading, READ_BYTES)
