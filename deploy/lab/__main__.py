@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 
@@ -13,7 +14,7 @@ from deploy.lab.proof import list_points
 from deploy.lab.stack import Stack, only_one
 from deploy.lab.story import Story
 from deploy.lab.vm_story import VmLab, VmStory
-from replication.errors import ReplicationError, StorageError
+from replication.errors import NotFoundError, ReplicationError, StorageError
 
 LOAD_SECONDS_DEFAULT = 15.0
 PIPE_WIDTH = 120
@@ -46,6 +47,11 @@ def main() -> int:
                 _status(stack, as_json=options.json)
     except ReplicationError as error:
         fail(error)
+        if options.action in ("up", "vm") and os.path.exists(stack.layout.root):
+            sys.stderr.write(
+                "The lab stays as it was when this failed: the same command goes on from there, "
+                "`make lab-down` removes every trace.\n"
+            )
         return 1
     return 0
 
@@ -92,6 +98,8 @@ def _down(stack: Stack) -> None:
 
 
 def _status(stack: Stack, *, as_json: bool) -> None:
+    if not os.path.exists(stack.layout.config("vsphere")):
+        raise NotFoundError(f"there is no lab in {stack.layout.root}", hint="`make lab` makes one")
     parts = [{"part": part.name, "pid": part.pid()} for part in stack.parts()]
     machines = []
     for guest in stack.layout.guests():

@@ -125,7 +125,11 @@ class Layout:
         return os.path.join(self.config_folder, f"{name}.toml")
 
     def agent_status(self, guest: str) -> str:
-        return self.path("agents", guest, str(machine_id(guest)), "status.json")
+        return self.path("agents", guest, str(self.machine_id(guest)), "status.json")
+
+    def machine_id(self, guest: str) -> uuid.UUID:
+        """The same whenever this lab runs, so that it finds its own; another lab has others."""
+        return uuid.uuid5(_NAMESPACE, os.path.join(os.path.abspath(self.root), guest))
 
     def guests(self) -> list[Guest]:
         """The guests as the vSphere emulator has them."""
@@ -224,7 +228,7 @@ class Layout:
             self.config(f"agent-{name}"),
             f'state_folder = "{self.path("agents", name)}"\n\n'
             f"{self._control(name)}"
-            f'machine = "{machine_id(name)}"\nbios_uuid = "{guest.config.identity}"\n'
+            f'machine = "{self.machine_id(name)}"\nbios_uuid = "{guest.config.identity}"\n'
             f"devices = [{images}]\n\n"
             f"[service]\nhealth_port = {self.ports.health(health_index)}\n",
         )
@@ -247,11 +251,6 @@ class Layout:
 def lab_guests(image: str) -> str:
     """The lab's guests as TOML. ``image``: the bootable disk image that one's disk is a copy of."""
     return _GUESTS.format(image=image)
-
-
-def machine_id(guest: str) -> uuid.UUID:
-    """The machine's id: the same in every lab, so that a second run finds its own."""
-    return uuid.uuid5(_NAMESPACE, guest)
 
 
 def _write(path: str, text: str, *, mode: int = 0o644) -> None:

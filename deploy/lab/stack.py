@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from agents.mobility.tracker.pins import remove_machine
 from deploy.lab.control import Operator
-from deploy.lab.layout import Layout, lab_guests, machine_id
+from deploy.lab.layout import Layout, lab_guests
 from deploy.lab.process import Background
 from replication.errors import ReplicationError, StorageError, UnavailableError
 from vsphere_emu.guest import Guest
@@ -176,7 +176,7 @@ class Stack:
             for guest in self.layout.guests():
                 try:
                     guest.remove_all_traces(delete_disks=True)
-                    remove_machine(machine_id(guest.config.name))
+                    remove_machine(self.layout.machine_id(guest.config.name))
                 except ReplicationError as error:
                     left.append(str(error))
         subprocess.run(

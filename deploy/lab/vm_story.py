@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from deploy.lab.agent_disk import AgentDisk
-from deploy.lab.layout import Layout, machine_id
+from deploy.lab.layout import Layout
 from deploy.lab.proof import Point, has_whole_log, list_points
 from deploy.lab.stack import Stack, wait_for
 from deploy.lab.virtual_machine import HOST_ADDRESS, Answer, Drive, VirtualMachine
@@ -50,7 +50,7 @@ class VmLab:
                 Drive(os.path.join(self.folder, "agent.img"), AGENT_SERIAL),
             ),
             port=self.layout.ports.base + _PORT_SOURCE,
-            uuid=str(machine_id(MACHINE)),
+            uuid=str(self.layout.machine_id(MACHINE)),
             processors=SOURCE_PROCESSORS,
         )
 
@@ -61,7 +61,7 @@ class VmLab:
             name=f"{MACHINE}-point",
             drives=(Drive(point.image(0), OS_SERIAL, throw_away=True),),
             port=self.layout.ports.base + _PORT_POINT,
-            uuid=str(machine_id(f"{MACHINE}-point")),
+            uuid=str(self.layout.machine_id(f"{MACHINE}-point")),
         )
 
     def stop(self) -> None:
@@ -121,7 +121,7 @@ class VmStory:
             'state_folder = "/agent/state"\n\n'
             f'[control]\nconfig_server = "{self._layout.config_server_url}"\n'
             'identity_folder = "/agent/identity"\nreport_seconds = 2\n'
-            f'machine = "{machine_id(MACHINE)}"\n'
+            f'machine = "{self._layout.machine_id(MACHINE)}"\n'
             f'devices = ["/dev/disk/by-id/virtio-{OS_SERIAL}"]\n\n'
             "[service]\nhealth_port = 9450\n"
         )

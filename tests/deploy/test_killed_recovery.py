@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +15,6 @@ from appliance.applier.cache_account import API_VERSION_DEFAULT
 from appliance.cli.api_client import ApiClient
 from azure_emu.compute.launch import mark_of
 from azure_emu.compute.process import find_processes
-from deploy.lab.layout import machine_id
 from deploy.lab.process import Background
 from deploy.lab.stack import wait_for
 from replication.cache_layout import (
@@ -40,9 +40,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallSite]:
 class Cache:
     """The changesets of a machine in the cache storage account, which no applier takes now."""
 
-    def __init__(self, service: BlobServiceClient, machine: str) -> None:
+    def __init__(self, service: BlobServiceClient, machine: uuid.UUID) -> None:
         self._service = service
-        self._prefix = machine_prefix(machine_id(machine))
+        self._prefix = machine_prefix(machine)
 
     def newest(self) -> int:
         """The number of the newest changeset that has a manifest; 0: none has."""
@@ -70,7 +70,7 @@ def cache(site: SmallSite) -> Iterator[Cache]:
     with BlobServiceClient.from_connection_string(
         connection, api_version=API_VERSION_DEFAULT
     ) as service:
-        yield Cache(service, "first")
+        yield Cache(service, site.layout.machine_id("first"))
 
 
 def applied(site: SmallSite, machine: str) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from dbos import DBOS
 from sqlalchemy import select
 
 from appliance.config_server.protection import requests
@@ -116,6 +117,11 @@ async def sprung(trap: Trap, count: int = 1) -> None:
     """So many jobs have ended for DBOS as well, or the trap has sprung."""
     async with asyncio.timeout(WAIT_SECONDS):
         while trap.seen.count(LAST) < count:  # noqa: ASYNC110 - the trap has no loop to tell
+            await asyncio.sleep(0.01)
+        # The last step is done; that the workflow is, DBOS writes down after it.
+        while await asyncio.to_thread(  # noqa: ASYNC110 - nor has DBOS
+            DBOS.list_workflows, status="PENDING"
+        ):
             await asyncio.sleep(0.01)
 
 
