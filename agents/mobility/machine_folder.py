@@ -1,8 +1,10 @@
 """The folder of a machine's state: one agent's at a time, and emptied when protection ends."""
 
 import contextlib
+import errno
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator, Sequence
 
@@ -30,7 +32,26 @@ def hold(state_folder: str, machine: uuid.UUID) -> Iterator[None]:
         f"another agent of machine {machine} runs: {os.path.join(folder, LOCK_FILE)} is locked",
         hint="stop it, or give this one a machine id and a state folder of its own",
     )
-    with FolderLock(folder, runs, name=LOCK_FILE):
+    with FolderLock(folder, runs, name=LOCK_FILE), _only_one_on_this_host(machine):
+        yield
+
+
+@contextlib.contextmanager
+def _only_one_on_this_host(machine: uuid.UUID) -> Iterator[None]:
+    """Agents with state folders of their own still share the machine's tracker in the kernel.
+
+    A name that the kernel keeps as long as the process lives. Source: unix(7), abstract sockets.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as held:
+        try:
+            held.bind(f"\0understudy-agent/{machine}")
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise storage_error("hold the name of", f"machine {machine}", error) from error
+            raise ConfigError(
+                f"another agent on this host tracks machine {machine}, with another state folder",
+                hint="stop it, or give this one a machine id of its own",
+            ) from error
         yield
 
 

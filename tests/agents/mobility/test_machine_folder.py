@@ -70,3 +70,15 @@ def test_owed_scripts_are_left_to_an_agent_that_runs(machine: uuid.UUID, tmp_pat
     assert report is not None
     assert report.ok
     assert not is_post_due(folder)
+
+
+def test_one_agent_a_machine_on_a_host_whatever_their_folders(tmp_path: Path) -> None:
+    machine = uuid.uuid4()
+    with (
+        hold(str(tmp_path / "one"), machine),
+        pytest.raises(ConfigError, match="with another state folder"),
+        hold(str(tmp_path / "other"), machine),
+    ):
+        pass
+    with hold(str(tmp_path / "other"), machine):
+        pass
