@@ -6,7 +6,6 @@ in a transaction that holds the row, so that of two config servers one writes it
 Source: docs/CONTROL.md §9, §11.
 """
 
-import asyncio
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,11 +29,12 @@ from appliance.config_server.protection.table import RESYNCING, Event, State
 from appliance.config_server.protection.transition import REMOVING, enter, forget_points
 from appliance.config_server.protection.window import resync_allowed
 from appliance.config_server.protection.workflow import Ports, store_of
+from appliance.config_server.rounds import Trouble, go_round
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.schema import Machine, Node, Policy, ProtectedDisk
 from daemon.service import Health
 from replication.control.report import MachineReport
-from replication.errors import ReplicationError
+from replication.errors import IntegrityError, ReplicationError
 
 LOOK_SECONDS = 2.0
 READ_AT_ONCE_MAX = 200
@@ -79,15 +79,12 @@ class Observer:
 
     async def run(self, health: Health) -> None:
         """Until it is cancelled. A machine that cannot be followed does not keep the others."""
-        while True:
-            try:
-                await self.look()
-                health.report(PART, critical="; ".join(self.defects.values()))
-            except ReplicationError as error:
-                if not error.retryable:
-                    raise
-                health.report(PART, critical=f"reports cannot be followed: {error}")
-            await asyncio.sleep(LOOK_SECONDS)
+
+        async def look() -> list[Trouble]:
+            await self.look()
+            return [Trouble(f"reports of machine {one}", why) for one, why in self.defects.items()]
+
+        await go_round(PART, look, health, LOOK_SECONDS, failing="following reports")
 
     async def look(self) -> None:
         """One round over all machines."""
@@ -106,10 +103,12 @@ class Observer:
         try:
             yield
         except Exception as error:
+            if isinstance(error, IntegrityError):
+                raise
             if isinstance(error, ReplicationError) and error.retryable:
                 raise
             self._seen.pop(machine, None)  # looked at again in the next round
-            self.defects[machine] = f"reports of machine {machine} cannot be followed: {error!r}"
+            self.defects[machine] = f"they cannot be followed: {error!r}"
             if machine not in self._told:
                 structlog.get_logger().exception(
                     "a machine's reports cannot be followed", machine=str(machine)

@@ -34,7 +34,7 @@ from appliance.config_server.watching.lease import LEASE_SECONDS, Lease, give_up
 from appliance.config_server.watching.reason import Severity, clean
 from appliance.config_server.watching.rpo import NS
 from daemon.service import Health
-from replication.errors import ReplicationError
+from replication.errors import IntegrityError, ReplicationError
 
 HEALTH_PART = "watching"
 PRUNE_SECONDS = 600.0
@@ -79,6 +79,7 @@ class Watcher:
         self._held: _Held | None = None
         self._pruned_at = -PRUNE_SECONDS
         self._looking = asyncio.Lock()
+        self._defect = ""
 
     def now_ns(self) -> int:
         """By the clock that the assessment is made with."""
@@ -105,12 +106,24 @@ class Watcher:
                 try:
                     assessment = await self.look(events=began >= events_from)
                     self._health.report(HEALTH_PART, critical=_told(assessment))
+                except IntegrityError:
+                    raise  # the database is damaged: whatever is read from it may be wrong
                 except ReplicationError as error:
                     self._health.report(HEALTH_PART, warning=str(error))
+                except Exception as error:  # noqa: BLE001 - told by the log and the health
+                    self._tell_defect(error)
                 self.look_seconds = time.monotonic() - began
                 await asyncio.sleep(max(0.1, self._config.evaluate_seconds - self.look_seconds))
         finally:
             await self._give_up()
+
+    def _tell_defect(self, error: Exception) -> None:
+        """By health while it lasts, by the log once."""
+        told = f"a defect: {error!r}"
+        self._health.report(HEALTH_PART, critical=told)
+        if told != self._defect:
+            structlog.get_logger().error("a look has a defect", exc_info=error)
+        self._defect = told
 
     async def look(self, *, events: bool = True) -> Assessment:
         """One look; with ``events``, what follows from it is written if the lease is ours."""
