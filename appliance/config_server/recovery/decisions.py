@@ -75,11 +75,13 @@ class Stamp:
 class HoldView:
     """A hold that is waited for.
 
+    name: what people call the machine.
     waited_ns: since it was asked for. wait_seconds: for `latest`. answer_ns: what a node has to
     answer. final: the very changeset that the point must be of; none: whatever it is.
     """
 
     machine: uuid.UUID
+    name: str
     choice: str
     waited_ns: int
     wait_seconds: int
@@ -99,7 +101,7 @@ def judge_hold(view: HoldView, held: HeldPoint | None) -> Wait | Good | Bad | In
         return Bad(
             "point_refused",
             f"the applier cannot hold the point {view.choice}: {held.reason or 'it says not why'}",
-            "`understudy points MACHINE` lists those that there are",
+            f"`understudy points {view.name}` lists those that there are",
         )
     is_latest = view.choice == PointChoice.LATEST
     waits_ns = view.wait_seconds * _SECOND_NS if is_latest else 0
@@ -133,7 +135,7 @@ def _judge_held(view: HoldView, held: HeldPoint) -> Good | Bad:
         return Bad(
             "point_wrong",
             f"the applier holds {held.folder}/{held.point} of machine {held.machine}, "
-            f"with {len(held.disks)} disks: nothing can be made from that",
+            f"disks: {len(held.disks)}; nothing can be made from that",
             "this is a defect of the applier: see its log",
         )
     if view.final is not None and view.final != Stamp(held.generation, held.number):

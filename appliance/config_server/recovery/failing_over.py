@@ -116,6 +116,7 @@ class FailoverSteps:
         held = await scene.held(hold)
         view = HoldView(
             machine=part.machine.id,
+            name=part.machine.name,
             choice=hold.choice,
             waited_ns=scene.now_ns - hold.created_ns,
             wait_seconds=part.options.wait_seconds,

@@ -13,6 +13,7 @@ from appliance.config_server.protection.machines import BusyError, lock_machine,
 from appliance.config_server.protection.requests import Asking
 from appliance.config_server.protection.table import Event, State, step
 from appliance.config_server.protection.transition import enter
+from appliance.config_server.recovery.choosing import refuse_missing_point
 from appliance.config_server.recovery.room import refuse_full, refuse_held_points
 from appliance.config_server.recovery.run import OPEN, FailoverKind, FailoverState
 from appliance.config_server.recovery.workflows import STEPS
@@ -43,6 +44,7 @@ async def cancel(asking: Asking, failover: uuid.UUID) -> Job:
 async def change_point(asking: Asking, failover: uuid.UUID, point: str) -> Job:
     """Make the VM from another point."""
     both = await _settled(asking, failover, Event.CHANGE_POINT_ASKED)
+    await refuse_missing_point(asking, both[1], point)
     applier = both[1].applier_id
     await refuse_full(asking.session, [applier] if applier is not None else [])
     return _follow_up(

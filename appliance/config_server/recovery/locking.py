@@ -41,7 +41,7 @@ async def lock_point(asking: Asking, machine: Machine, point: str, until_ns: int
         if point not in {listed.name for listed in await stored_points(asking.session, machine)}:
             raise NotFoundError(
                 f"{machine.name} has no recovery point {point}",
-                hint="`understudy points MACHINE` lists those that its applier has told of",
+                hint=f"`understudy points {machine.name}` lists those that its applier has told of",
             )
         await refuse_more_locks(asking.session, machine.applier_id)
         await refuse_full(asking.session, [machine.applier_id])

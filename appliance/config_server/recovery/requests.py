@@ -20,6 +20,11 @@ from appliance.config_server.protection.machines import (
 from appliance.config_server.protection.requests import Asking
 from appliance.config_server.protection.table import TESTABLE, Event, State, step
 from appliance.config_server.protection.transition import REMOVING, enter
+from appliance.config_server.recovery.choosing import (
+    NETWORK,
+    refuse_missing_point,
+    refuse_shared_network,
+)
 from appliance.config_server.recovery.decisions import point_of
 from appliance.config_server.recovery.follow_up import find_failover, refuse_at_work
 from appliance.config_server.recovery.parts import add_note
@@ -37,7 +42,6 @@ from appliance.config_server.store.recovery_tables import Failover, PlanAction, 
 from appliance.config_server.store.schema import Job, Machine, Node
 from replication.errors import ConflictError, InputError, NotFoundError
 
-NETWORK = "default"
 TEST_NETWORK = "test-{}"
 NOTES_CHARACTERS_MAX = 4000
 CLOCK_OFF_NS_MAX = 86400 * 10**9
@@ -85,8 +89,12 @@ async def begin_run(
     rows = await _lock_all(asking, wanted)
     for row in rows.values():
         await _refuse(asking, kind, row)
+    for machine in wanted:
+        await refuse_missing_point(asking, rows[machine.id], point_of(kind, machine))
     await refuse_full(session, [row.applier_id for row in rows.values() if row.applier_id])
     compute_id = await choose_compute(session, asking.ports, wanted, compute, now_ns)
+    if network is not None:
+        await refuse_shared_network(session, kind, compute_id, network)
     run = PlanRun(
         id=uuid.uuid4(),
         plan=plan.plan,

@@ -87,6 +87,7 @@ class RecoveryNodes(Nodes):
     broken:     why VMs of these names cannot be made. unwell: why their checks fail.
     stuck:      names of VMs that never come up.
     memory_bytes: of the compute node.
+    point_count: of every machine, as its applier counts them.
     """
 
     behind: set[uuid.UUID] = field(default_factory=set)
@@ -95,6 +96,7 @@ class RecoveryNodes(Nodes):
     unwell: dict[str, str] = field(default_factory=dict)
     stuck: set[str] = field(default_factory=set)
     memory_bytes: int = 64 * GIB
+    point_count: int = 0
     holds: list[PointHold] = field(default_factory=list)
     vms: list[RecoveredVm] = field(default_factory=list)
 
@@ -159,7 +161,12 @@ class RecoveryNodes(Nodes):
         report = Nodes._report(self, node, machines, version)
         if isinstance(report, ApplierReport):
             asked = for_applier(node, (), self.holds).holds
-            return report.model_copy(update={"holds": tuple(self._held(hold) for hold in asked)})
+            count = {"point_count": self.point_count}
+            told = {
+                "holds": tuple(self._held(hold) for hold in asked),
+                "stores": tuple(store.model_copy(update=count) for store in report.stores),
+            }
+            return report.model_copy(update=told)
         machine = next((each for each in machines if each.id == node.id), None)
         if isinstance(report, MachineReport) and machine is not None:
             return self._agent(report, machine)
@@ -317,11 +324,12 @@ class RecoveryStage(Stage):
         machine: uuid.UUID = MACHINE,
         options: FailoverOptions | None = None,
         compute: str | None = None,
+        network: str | None = None,
     ) -> Job:
         """A failover that is asked for and started."""
         wanted = RunMachine(id=machine, point=point, options=options or FailoverOptions())
         async with self.asking() as asking:
-            job = await begin_failover(asking, kind, wanted, compute=compute)
+            job = await begin_failover(asking, kind, wanted, compute=compute, network=network)
         await self.protection.begin(job.id)
         return job
 

@@ -54,7 +54,7 @@ HELD = HeldPoint(
 def view(
     choice: str = PointChoice.LATEST, *, waited: float = 1, final: Stamp | None = None
 ) -> HoldView:
-    return HoldView(MACHINE, choice, int(waited * SECOND), 120, ANSWER, final)
+    return HoldView(MACHINE, "web-1", choice, int(waited * SECOND), 120, ANSWER, final)
 
 
 def waiting(reason: str = "") -> HeldPoint:
@@ -121,6 +121,7 @@ def test_what_is_refused_says_why() -> None:
     found = judge_hold(view("p8"), refused)
     assert isinstance(found, Bad)
     assert (found.code, "no such point" in found.message) == ("point_refused", True)
+    assert "`understudy points web-1`" in found.hint
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 
 from appliance.config_server.nodes.report_book import Heard
 from appliance.config_server.protection import requests
@@ -24,7 +24,7 @@ from appliance.config_server.recovery.requests import _source_time, clean_up
 from appliance.config_server.recovery.run import FailoverKind, FailoverOptions
 from appliance.config_server.store.recovery_tables import Failover, RecoveredVm
 from appliance.config_server.store.schema import Certificate, Job, Machine
-from replication.control.recovery import ListedPoint, PointList
+from replication.control.recovery import ListedPoint, PointChoice, PointList
 from replication.errors import ConflictError, InputError, NotFoundError
 from tests.appliance.config_server.protection.stage import APPLIER, GIB, MACHINE, WAIT_SECONDS
 from tests.appliance.config_server.recovery.stage import (
@@ -175,6 +175,44 @@ async def test_no_room_no_compute_node_no_state_begin_nothing(stage: RecoverySta
         await stage.begun(UNPLANNED)
     assert (await stage.machine()).state == "protected"
     assert (await stage.machine()).job_id is None
+
+
+async def test_a_point_that_was_never_listed_begins_nothing(stage: RecoveryStage) -> None:
+    points = PointList(
+        machine=MACHINE,
+        points=(ListedPoint(name="old", position=1, time_ns=1, consistency="crash"),),
+    )
+    async with stage.database.writing() as session:
+        await take_points(session, APPLIER, points, stage.clock())
+    with pytest.raises(NotFoundError, match=r"web-1 has no recovery point nothing .*points web-1"):
+        await stage.begun(TEST, "nothing")
+    with pytest.raises(NotFoundError, match="no app-consistent"):
+        await stage.begun(UNPLANNED, PointChoice.LATEST_APP_CONSISTENT)
+    failover = await stage.failed_over(UNPLANNED, "old")
+    with pytest.raises(NotFoundError, match="no recovery point nothing"):
+        async with stage.asking() as asking:
+            await change_point(asking, failover.id, "nothing")
+    stage.nodes.point_count = 2  # more than are listed
+    await stage.nodes.report()
+    job = await stage.ended((await stage.begun(TEST, "newer")).id)
+    assert job.error is None
+
+
+async def test_a_test_and_a_failover_share_no_network(stage: RecoveryStage) -> None:
+    with pytest.raises(ConflictError, match="that of failovers"):
+        await stage.begun(TEST, network="default")
+    job = await stage.ended((await stage.begun(TEST, network="lab")).id)
+    assert job.error is None
+    with pytest.raises(ConflictError, match="the test of web-1 is on it"):
+        await stage.begun(UNPLANNED, network="lab")
+    job = await stage.ended((await stage.begun(UNPLANNED, network="site")).id)
+    assert job.error is None
+    with pytest.raises(ConflictError, match="that of the failover of web-1"):
+        await stage.begun(TEST, network="site")
+    async with stage.database.reading() as session:
+        vms = await session.scalars(select(RecoveredVm))
+        found = {vm.document["network"]: vm.document["isolated"] for vm in vms}
+    assert found == {"lab": True, "site": False}
 
 
 async def test_the_latest_that_takes_too_long_gives_way_to_what_is_processed(
