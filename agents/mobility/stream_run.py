@@ -101,7 +101,7 @@ async def replicate(
                 final=final,
             )
             on_running(Running(replicator, client, state))
-            service.ready(f"{len(disks)} disks tracked by {config.tracker}")
+            service.ready(f"disks tracked by {config.tracker}: {len(disks)}")
             await replicator.run()
 
 

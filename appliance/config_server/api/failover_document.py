@@ -49,6 +49,7 @@ class FailoverDocument(BaseModel):
 
     run, plan:   what it is part of; the plan is empty for a machine alone.
     choice:      the point as it was asked for. point: which one it became.
+    powered_off_ns: when its vCenter had switched the source off for it; 0: it did not.
     rto_seconds: from the request to the machine being up.
     rpo_seconds: from the point to the request; what was lost at most.
     notes:       of a machine alone, those of its run as well.
@@ -73,6 +74,7 @@ class FailoverDocument(BaseModel):
     asked_by: str
     asked_ns: int
     up_ns: int
+    powered_off_ns: int
     ended_ns: int | None
     rto_seconds: float | None
     rpo_seconds: float | None
@@ -141,6 +143,7 @@ def _document(
         asked_by=run.asked_by,
         asked_ns=row.asked_ns,
         up_ns=row.up_ns,
+        powered_off_ns=row.powered_off_ns,
         ended_ns=row.ended_ns,
         rto_seconds=rto_seconds(row.asked_ns, row.up_ns),
         rpo_seconds=rpo_seconds(row.asked_source_ns, row.point_ns),

@@ -121,7 +121,7 @@ async def find_job(session: AsyncSession, job_id: str, *, lock: bool = False) ->
     query = select(Job).where(Job.id == job_id)
     job = await session.scalar(query.with_for_update() if lock else query)
     if job is None:
-        raise NotFoundError(f"there is no job {job_id}")
+        raise NotFoundError(f"there is no job {job_id}", hint="`understudy jobs` lists them")
     return job
 
 

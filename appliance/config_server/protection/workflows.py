@@ -99,7 +99,8 @@ async def _vms_gone(scene: MachineScene) -> Verdict:
     tell |= await settle(scene.session, failovers, scene.heard, scene.now_ns)
     await scene.tell(*tell)
     left = await vms_left(scene.session, failovers)
-    return Waiting(f"waits for {left} virtual machines to be gone") if left else Done()
+    told = "1 virtual machine" if left == 1 else f"{left} virtual machines"
+    return Waiting(f"waits for {told} to be gone") if left else Done()
 
 
 async def _tell_all(scene: MachineScene) -> Verdict:

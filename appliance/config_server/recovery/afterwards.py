@@ -54,7 +54,8 @@ async def are_gone(scene: RecoveryScene) -> Verdict:
     """They are; the holds that they needed end with them."""
     await _settle(scene)
     left = await _left(scene)
-    return Waiting(f"{left} virtual machines are still to go") if left else Done()
+    told = "1 virtual machine is" if left == 1 else f"{left} virtual machines are"
+    return Waiting(f"{told} still to go") if left else Done()
 
 
 async def _settle(scene: RecoveryScene) -> None:

@@ -29,7 +29,7 @@ from replication.control.role import OperatorRole
 router = Router("jobs")
 Reader = Annotated[Caller, needs(OperatorRole.READER)]
 Operator = Annotated[Caller, needs(OperatorRole.OPERATOR)]
-JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{16,64}$")]
+JobId = Annotated[str, Path(min_length=1, max_length=255, pattern=r"^[^/\x00]+$")]
 MachineQuery = Annotated[str | None, Query(max_length=255)]
 
 

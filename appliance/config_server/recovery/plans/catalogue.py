@@ -151,4 +151,8 @@ def refuse_fatal(problems: tuple[Problem, ...]) -> None:
 
 async def _refuse_name(session: AsyncSession, name: str) -> None:
     if await session.scalar(select(Plan.id).where(Plan.name == name)) is not None:
-        raise ConflictError(f"there is a plan {name} already", hint="choose another name")
+        raise ConflictError(
+            f"there is a plan {name} already",
+            hint=f"choose another name; `understudy plans edit {name}` changes that plan, "
+            f"`understudy plans delete {name}` deletes it",
+        )

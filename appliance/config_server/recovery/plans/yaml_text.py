@@ -177,9 +177,18 @@ def _expanded(tree: Any) -> Any:
 
 
 def _places(error: ValidationError) -> tuple[tuple[str, str], ...]:
+    """That a list is too short is not so where what is in it is wrong, which is told as well."""
+    problems = error.errors()
     return tuple(
-        (".".join(_steps(problem["loc"])), _sentence(problem)) for problem in error.errors()
+        (".".join(_steps(problem["loc"])), _sentence(problem))
+        for problem in problems
+        if problem["type"] != "too_short"
+        or not any(_is_inside(other["loc"], problem["loc"]) for other in problems)
     )
+
+
+def _is_inside(loc: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(loc) > len(outer) and loc[: len(outer)] == outer
 
 
 def _steps(loc: tuple[int | str, ...]) -> Iterator[str]:

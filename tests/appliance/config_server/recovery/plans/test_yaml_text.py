@@ -93,6 +93,15 @@ def test_what_is_wrong_is_told_with_its_line(text: str, told: str) -> None:
     assert told in str(caught.value)
 
 
+def test_a_misspelt_key_is_told_without_what_only_follows_from_it() -> None:
+    with pytest.raises(PlanTextError) as caught:
+        parse_plan(GROUP.replace("- name: g", "- nam: g") + "    machines: [m]\n")
+    told = str(caught.value)
+    assert "groups[1].name: is missing" in told
+    assert "groups[1].nam: unknown key" in told
+    assert "at least 1 item" not in told
+
+
 def test_too_many_groups_and_machines_are_told() -> None:
     groups = "".join(f"  - {{name: g{n}, machines: [m{n}]}}\n" for n in range(8))
     with pytest.raises(PlanTextError, match=r"line 2: groups: .*at most 7"):
