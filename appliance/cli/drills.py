@@ -14,10 +14,17 @@ from appliance.cli.failover_choice import (
     Notes,
     PointChoice,
     confirm,
+    find_drill,
     read_script,
 )
 from appliance.cli.jobs import JobFailedError, watch
-from appliance.cli.names import Wait, Yes, complete_machine, complete_plan, complete_schedule
+from appliance.cli.names import (
+    Wait,
+    Yes,
+    complete_machine,
+    complete_plan,
+    complete_schedule,
+)
 from appliance.cli.output import (
     AsJson,
     Column,
@@ -41,7 +48,13 @@ app = typer.Typer(
 )
 
 ENDED = frozenset({"passed", "failed"})
-DrillId = Annotated[str, typer.Argument(metavar="ID", help="As `drills list` shows it.")]
+DrillId = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID|TARGET",
+        help="A drill's id, as `drills list` shows it; or a plan or machine: its newest drill.",
+    ),
+]
 PlanOption = Annotated[
     str | None,
     typer.Option(
@@ -111,7 +124,7 @@ def list_drills(
 def show(drill: DrillId, *, as_json: AsJson = False) -> None:
     """Show a drill: how far it is, or what came of it."""
     with connect() as api:
-        found = api.get(f"/drills/{part(drill)}")
+        found = api.get(f"/drills/{find_drill(api, drill)}")
     if as_json:
         print_json(found)
     else:
@@ -174,7 +187,7 @@ def report(
     """Write a drill's report: with --html the page, with --json the document, else in short."""
     if html is None:
         with connect() as api:
-            found = api.get(f"/drills/{part(drill)}")
+            found = api.get(f"/drills/{find_drill(api, drill)}")
         if found["report"] is None:
             raise ConflictError(
                 f"the drill of {found['target']} is {found['state']}: it has no report yet",
@@ -186,7 +199,8 @@ def report(
             _tell(found)
         return
     with connect() as api:
-        page = api.get_bytes(f"/drills/{part(drill)}/report.html")
+        drill = find_drill(api, drill)
+        page = api.get_bytes(f"/drills/{drill}/report.html")
     write_file(html, page)
     if as_json:
         print_json({"drill": drill, "file": html})

@@ -1,11 +1,11 @@
 """``understudy failover``: from a recovery point to a machine that runs at the second site."""
 
-import uuid
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from appliance.cli.api_client import connect, part
+from appliance.cli.api_client import ApiClient, connect, part
 from appliance.cli.failover_choice import (
     Compute,
     FailoverId,
@@ -17,25 +17,33 @@ from appliance.cli.failover_choice import (
     failovers_of,
     find_failover,
     read_script,
+    told_network,
+)
+from appliance.cli.failover_told import (
+    tell_failover,
+    told_cancel,
+    told_cleanup,
+    told_commit,
+    told_point,
 )
 from appliance.cli.jobs import follow_job, started
-from appliance.cli.names import MachineName, Wait, Yes, complete_machine
+from appliance.cli.names import MachineName, Wait, Yes, complete_machine, is_id
 from appliance.cli.output import (
     AsJson,
     Column,
     instant,
     print_json,
     print_line,
-    print_pairs,
     print_rows,
-    size,
     span,
     state_style,
     text_or_dash,
 )
-from replication.errors import ConfigError, NotFoundError
+from replication.errors import ConfigError, ConflictError, NotFoundError
 
 app = typer.Typer(no_args_is_help=True, help="Run machines at the second site.")
+
+MEMORY_MIB_MAX = 1 << 20
 
 Guest = Annotated[
     str,
@@ -51,14 +59,22 @@ ScriptFile = Annotated[
     ),
 ]
 Cpus = Annotated[int, typer.Option("--cpus", metavar="N", help="Processors.", min=1, max=64)]
-Memory = Annotated[int, typer.Option("--memory", metavar="MIB", help="In MiB.", min=64)]
+Memory = Annotated[
+    int,
+    typer.Option("--memory", metavar="MIB", help="In MiB.", min=64, max=MEMORY_MIB_MAX),
+]
 CheckSeconds = Annotated[
-    int, typer.Option("--check-seconds", metavar="S", help="For the check, at most.", min=1)
+    int,
+    typer.Option("--check-seconds", metavar="S", help="For the check, at most.", min=1, max=86400),
 ]
 WaitSeconds = Annotated[
     int,
     typer.Option(
-        "--wait-seconds", metavar="S", help="For the newest changes, then what there is.", min=0
+        "--wait-seconds",
+        metavar="S",
+        help="For the newest changes, then what there is.",
+        min=0,
+        max=86400,
     ),
 ]
 KINDS_THAT_ACT = ("planned", "unplanned")
@@ -154,9 +170,12 @@ def commit(
 ) -> None:
     """Keep a failover for good: its point cannot be changed any more, nor can it be cancelled."""
     lost = " and delete its other recovery points" if delete_points else ""
-    confirm(f"Commit the failover of {machine}{lost}?", yes=yes)
-    body = {"delete_points": delete_points}
-    _act(machine, "commit", body, failover, KINDS_THAT_ACT, wait=wait, as_json=as_json)
+    with connect() as api:
+        found = find_failover(api, machine, failover=failover, kinds=KINDS_THAT_ACT)
+        _refuse_unsettled(found, "commit")
+        confirm(f"Commit the failover of {machine}{lost}?", yes=yes)
+        body = {"delete_points": delete_points}
+        _act(api, found, "commit", body, told_commit, wait=wait, as_json=as_json)
 
 
 @app.command()
@@ -169,8 +188,11 @@ def cancel(
     as_json: AsJson = False,
 ) -> None:
     """Take a failover back: the machine is protected as before. What its VM wrote is lost."""
-    confirm(f"Cancel the failover of {machine}? What its VM has written is lost.", yes=yes)
-    _act(machine, "cancel", None, failover, KINDS_THAT_ACT, wait=wait, as_json=as_json)
+    with connect() as api:
+        found = find_failover(api, machine, failover=failover, kinds=KINDS_THAT_ACT)
+        _refuse_unsettled(found, "cancel")
+        confirm(f"Cancel the failover of {machine}? What its VM has written is lost.", yes=yes)
+        _act(api, found, "cancel", None, told_cancel, wait=wait, as_json=as_json)
 
 
 @app.command()
@@ -183,8 +205,10 @@ def cleanup(
     as_json: AsJson = False,
 ) -> None:
     """Remove all of a test failover; the notes stay."""
-    body = {"notes": notes}
-    _act(machine, "cleanup", body, failover, ("test",), wait=wait, as_json=as_json)
+    with connect() as api:
+        found = find_failover(api, machine, failover=failover, kinds=("test",))
+        body = {"notes": notes}
+        _act(api, found, "cleanup", body, told_cleanup, wait=wait, as_json=as_json)
 
 
 @app.command("change-point")
@@ -199,8 +223,10 @@ def change_point(
     as_json: AsJson = False,
 ) -> None:
     """Go to another recovery point, until the failover is committed."""
-    body = {"point": point}
-    _act(machine, "change-point", body, failover, KINDS_THAT_ACT, wait=wait, as_json=as_json)
+    with connect() as api:
+        found = find_failover(api, machine, failover=failover, kinds=KINDS_THAT_ACT)
+        body = {"point": point}
+        _act(api, found, "change-point", body, told_point, wait=wait, as_json=as_json)
 
 
 @app.command("list")
@@ -260,7 +286,7 @@ def show(
         try:
             newest = failovers_of(api, machine, count_max=1)
         except NotFoundError:
-            if not _is_id(machine):
+            if not is_id(machine):
                 raise
             newest = [api.get(f"/failovers/{part(machine)}")]
         if not newest:
@@ -270,55 +296,6 @@ def show(
         print_json(found)
         return
     tell_failover(found)
-
-
-def _is_id(text: str) -> bool:
-    try:
-        uuid.UUID(text)
-    except ValueError:
-        return False
-    return True
-
-
-def tell_failover(found: dict[str, Any]) -> None:
-    """All that is known of one, for people."""
-    vm = found.get("vm") or {}
-    check = vm.get("check") or {}
-    pairs = [
-        ("failover", found["id"]),
-        ("machine", found["machine"]),
-        ("kind", found["kind"]),
-        ("state", found["state"]),
-        ("point", text_or_dash(found.get("point"))),
-        ("taken", instant(found.get("point_ns"))),
-        ("consistency", text_or_dash(found.get("consistency"))),
-        ("RTO", span(found.get("rto_seconds"))),
-        ("RPO", span(found.get("rpo_seconds"))),
-        ("network", text_or_dash(found.get("network"))),
-        ("asked", instant(found["asked_ns"])),
-        ("notes", text_or_dash(found.get("notes"))),
-    ]
-    if vm:
-        pairs += [
-            ("VM", vm.get("state", "-")),
-            ("guest", text_or_dash(vm.get("guest"))),
-            ("address", text_or_dash(vm.get("address"))),
-            ("space", size(vm.get("space_bytes"))),
-        ]
-    if check:
-        verdict = "passed" if check["passed"] else "did not pass"
-        pairs.append(("check", f"{verdict}: {check['detail']}" if check.get("detail") else verdict))
-    print_pairs(pairs)
-    for each in check.get("file_systems", []):
-        clean = "clean" if each["clean"] else "not clean"
-        print_line(
-            f"  disk {each['disk']} {each['device']} {each['kind']}: "
-            f"{each.get('detail') or clean}, {size(each.get('used_bytes'))} used"
-        )
-    if found.get("error"):
-        print_line(f"error: {found['error'].get('message', '')}", style="red")
-        if found["error"].get("hint"):
-            print_line(f"hint: {found['error']['hint']}")
 
 
 def _made(
@@ -341,6 +318,8 @@ def _ask(machine: str, body: dict[str, Any], *, wait: bool, as_json: bool) -> No
         job = api.post(f"/machines/{part(machine)}/failovers", body)
         if not wait:
             started(api, job, wait=False, as_json=as_json)
+            if not as_json:
+                print_line(told_network(body["kind"], body["network"]), style="dim")
             return
         follow_job(api, job["id"], as_json=False, quiet=as_json)
         # The newest: the job's own, unless somebody has begun another one since it ended.
@@ -351,17 +330,27 @@ def _ask(machine: str, body: dict[str, Any], *, wait: bool, as_json: bool) -> No
         tell_failover(found)
 
 
+def _refuse_unsettled(found: dict[str, Any], verb: str) -> None:
+    """Raises ConflictError, before anybody is asked, where there is nothing to ``verb``."""
+    if found["state"] not in ("up", "cancelling"):
+        raise ConflictError(
+            f"there is nothing to {verb}: the failover of {found['machine']} is {found['state']}",
+            hint=f"`understudy failover show {found['machine']}` tells more",
+        )
+
+
 def _act(
-    machine: str,
+    api: ApiClient,
+    found: dict[str, Any],
     verb: str,
     body: dict[str, Any] | None,
-    failover: str | None,
-    kinds: tuple[str, ...],
+    told: Callable[[ApiClient, dict[str, Any]], str],
     *,
     wait: bool,
     as_json: bool,
 ) -> None:
-    with connect() as api:
-        found = find_failover(api, machine, failover=failover, kinds=kinds)
-        job = api.post(f"/failovers/{found['id']}/{verb}", body)
-        started(api, job, wait=wait, as_json=as_json)
+    """Ask for what follows a failover. ``told``: what has come of it, where it is waited for."""
+    job = api.post(f"/failovers/{found['id']}/{verb}", body)
+    started(api, job, wait=wait, as_json=as_json)
+    if wait and not as_json:
+        print_line(told(api, api.get(f"/failovers/{found['id']}")))

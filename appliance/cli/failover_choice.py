@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from appliance.cli.api_client import ApiClient, part
+from appliance.cli.names import is_id
 from appliance.cli.output import instant, read_file
 from replication.errors import ConfigError, ConflictError, NotFoundError
 
@@ -27,7 +28,11 @@ PointChoice = Annotated[
 ]
 Network = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Of the compute node; of a test: one of its own."),
+    typer.Option(
+        metavar="NAME",
+        help="Of the compute node; made there if it is missing. A test's is isolated always, and "
+        "one of its own if not given.",
+    ),
 ]
 Compute = Annotated[
     str | None, typer.Option(metavar="NAME", help="The compute node; the emptiest if not given.")
@@ -84,6 +89,18 @@ def find_evidence(
     )
 
 
+def find_drill(api: ApiClient, drill: str) -> str:
+    """The id of a drill that is named by it, or by what it was of: then the newest one's."""
+    if is_id(drill):
+        return part(drill)
+    for found in api.items("/drills"):
+        if found["target"] == drill:
+            return str(found["id"])
+    raise NotFoundError(
+        f"there is no drill {drill}, nor one of it", hint="`understudy drills list`"
+    )
+
+
 def failovers_of(
     api: ApiClient, machine: str, *, is_open: bool | None = None, count_max: int | None = None
 ) -> list[dict[str, Any]]:
@@ -99,15 +116,24 @@ def failovers_of(
     return api.items("/failovers", {"machine": name, "open": is_open}, count_max=count_max)
 
 
+def told_network(kind: str, network: str | None) -> str:
+    """Where a VM will be, for people: a network is made by being named."""
+    if kind != "test":
+        return f"Its network: {network or 'default'}, which is made if it is missing."
+    if network is None:
+        return "Its network: one of its own, isolated."
+    return f"Its network: {network}, isolated; it is made if it is missing."
+
+
 def read_script(path: str | None) -> str:
     """The text of a check script; empty for none."""
     return "" if path is None else read_file(path)
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask, unless told not to; ConfigError where nobody can answer."""
+    """Ask, unless told not to; ConfigError where that is not a terminal."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise ConfigError(f"{question} Nobody can answer here", hint="say --yes")
+        raise ConfigError(f"{question} This is not a terminal", hint="say --yes")
     typer.confirm(question, abort=True, err=True)

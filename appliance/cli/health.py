@@ -8,7 +8,8 @@ from appliance.cli.api_client import connect, part
 from appliance.cli.names import complete_machine
 from appliance.cli.output import AsJson, print_json, print_line, span, state_style
 
-_ORDER = ("normal", "warning", "critical")
+EXIT_CODES = {"normal": 0, "warning": 20, "critical": 21}
+"""None of the classes of errors has one of these: an unwell fleet is no failed question."""
 
 
 def health(
@@ -21,6 +22,14 @@ def health(
         ),
     ] = None,
     *,
+    exit_code: Annotated[
+        bool,
+        typer.Option(
+            "--exit-code",
+            help=f"End with exit code {EXIT_CODES['warning']} where it is a warning, "
+            f"{EXIT_CODES['critical']} where it is critical, else 0.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell whether all is well, and of what is not: why, and what to do."""
@@ -28,10 +37,16 @@ def health(
         found = api.get("/health" if name is None else f"/health/{part(name)}")
     if as_json:
         print_json(found)
-        return
-    if name is not None:
+    elif name is not None:
         _tell(found)
-        return
+    else:
+        _tell_all(found)
+    state = found["state"] if name is None else found["health"]["state"]
+    if exit_code and EXIT_CODES[state]:
+        raise typer.Exit(EXIT_CODES[state])
+
+
+def _tell_all(found: dict[str, Any]) -> None:
     print_line(found["state"].upper(), style=state_style(found["state"]))
     print_line(f"machines    {_counts(found['machines'])}")
     print_line(f"components  {_counts(found['components'])}")
@@ -44,7 +59,7 @@ def health(
 
 
 def _counts(counts: dict[str, int]) -> str:
-    told = [f"{counts[state]} {state}" for state in _ORDER if counts[state]]
+    told = [f"{counts[state]} {state}" for state in EXIT_CODES if counts[state]]
     return ", ".join(told) or "none"
 
 

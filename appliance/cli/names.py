@@ -1,6 +1,7 @@
 """What several commands take: arguments with completion, durations."""
 
 import re
+import uuid
 from typing import Annotated, Any
 
 import typer
@@ -79,6 +80,15 @@ PlanName = Annotated[
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Show how it goes until it is done.")]
+
+
+def is_id(text: str) -> bool:
+    """Whether it is written as the ids of failovers, runs and drills are."""
+    try:
+        uuid.UUID(text)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_duration(text: str, option: str) -> int:

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from appliance.cli.sign_in import told_unread
 from replication.errors import ConfigError
 
 PIPE_WIDTH = 200
@@ -148,6 +149,11 @@ def first_line(text: Any) -> str:
     return str(text or "").split("\n", 1)[0]
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 disk``, ``2 disks``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def size(size_bytes: int | None) -> str:
     """In the unit that suits: ``512 B``, ``4.0 GiB``."""
     if size_bytes is None:
@@ -213,7 +219,7 @@ def read_file(path: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        raise ConfigError(f"cannot read {path}: {told_unread(error)}") from error
 
 
 @contextlib.contextmanager

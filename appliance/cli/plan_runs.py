@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from appliance.cli.api_client import connect, part
+from appliance.cli.api_client import ApiClient, connect, part
 from appliance.cli.failover_choice import (
     Compute,
     Network,
@@ -12,9 +12,10 @@ from appliance.cli.failover_choice import (
     Notes,
     PointChoice,
     confirm,
+    told_network,
 )
 from appliance.cli.jobs import follow_job, started
-from appliance.cli.names import PlanName, Wait, Yes
+from appliance.cli.names import PlanName, Wait, Yes, is_id
 from appliance.cli.output import (
     AsJson,
     Column,
@@ -53,8 +54,11 @@ def run(
     plan: PlanName,
     *,
     kind: Annotated[
-        str, typer.Option(metavar="planned|unplanned", help="Does the first site still live?")
-    ],
+        str | None,
+        typer.Option(
+            metavar="planned|unplanned", help="Does the first site still live? Must be given."
+        ),
+    ] = None,
     point: PointChoice = "latest",
     network: Network = None,
     compute: Compute = None,
@@ -66,7 +70,11 @@ def run(
 ) -> None:
     """Fail all machines of a plan over."""
     if kind not in ("planned", "unplanned"):
-        raise ConfigError(f"--kind: {kind!r:.40} is none", hint="planned or unplanned")
+        told = "say which kind of failover" if kind is None else f"--kind: {kind!r:.40} is none"
+        raise ConfigError(
+            told,
+            hint="--kind planned (the first site lives: nothing is lost) or --kind unplanned",
+        )
     confirm(f"Run all machines of {plan} at the second site ({kind})?", yes=yes)
     body = {"kind": kind, "point": point, "network": network, "compute": compute, "notes": notes}
     _run(plan, {**body, "shut_down": not no_shut_down}, wait=wait, as_json=as_json)
@@ -84,15 +92,20 @@ def cleanup(
     as_json: AsJson = False,
 ) -> None:
     """Remove all of a plan's test; the notes stay."""
+    _refuse_no_id(plan, run_id)
     with connect() as api:
         if run_id is None:
-            runs = api.items(f"/plans/{part(plan)}/runs")
-            tests = [each for each in runs if each["kind"] == "test" and each["open"]]
+            tests = open_runs(api, plan, kind="test")
             if not tests:
-                raise NotFoundError(f"no test of {plan} is to be cleaned up", hint="`plans runs`")
+                raise NotFoundError(
+                    f"no test of {plan} is to be cleaned up", hint=f"`understudy plans runs {plan}`"
+                )
             run_id = str(tests[0]["id"])
+            _tell_others(plan, tests[1:])
         job = api.post(f"/runs/{part(run_id)}/cleanup", {"notes": notes})
         started(api, job, wait=wait, as_json=as_json)
+        if wait and not as_json:
+            print_line(f"Nothing is left of this test of {plan} but its notes and its consoles.")
 
 
 @app.command()
@@ -104,6 +117,7 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """List a plan's runs, the newest first, or show one."""
+    _refuse_no_id(plan, run_id)
     with connect() as api:
         if run_id is not None:
             one = api.get(f"/runs/{part(run_id)}")
@@ -132,9 +146,13 @@ def runs(
 
 def _run(plan: str, body: dict[str, Any], *, wait: bool, as_json: bool) -> None:
     with connect() as api:
+        others = open_runs(api, plan, kind="test") if body["kind"] == "test" else []
         job = api.post(f"/plans/{part(plan)}/runs", body)
+        _tell_others(plan, others)
         if not wait:
             started(api, job, wait=False, as_json=as_json)
+            if not as_json:
+                print_line(told_network(body["kind"], body["network"]), style="dim")
             return
         follow_job(api, job["id"], as_json=False, quiet=as_json)
         newest = api.items(f"/plans/{part(plan)}/runs", count_max=20)
@@ -144,6 +162,27 @@ def _run(plan: str, body: dict[str, Any], *, wait: bool, as_json: bool) -> None:
         print_json(found)
     else:
         _tell_run(found)
+
+
+def open_runs(api: ApiClient, plan: str, *, kind: str | None = None) -> list[dict[str, Any]]:
+    """Those of a plan of which there are, or may be, VMs; the newest first."""
+    runs = api.items(f"/plans/{part(plan)}/runs")
+    return [run for run in runs if run["open"] and kind in (None, run["kind"])]
+
+
+def _tell_others(plan: str, tests: list[dict[str, Any]]) -> None:
+    """On standard error: tests that are easily forgotten."""
+    for run in (each for each in tests if each["drill"] is None):  # a drill cleans up by itself
+        typer.echo(
+            f"another test of {plan} is open, of {instant(run['asked_ns'])}: "
+            f"`understudy plans cleanup {plan} --run {run['id']}`",
+            err=True,
+        )
+
+
+def _refuse_no_id(plan: str, run: str | None) -> None:
+    if run is not None and not is_id(run):
+        raise NotFoundError(f"there is no run {run}", hint=f"`understudy plans runs {plan}`")
 
 
 def _tell_run(found: dict[str, Any]) -> None:

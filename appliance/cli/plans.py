@@ -104,7 +104,9 @@ def edit(
         except (InputError, ConflictError):
             if file is None:
                 kept = _keep(text)
-                print_line(f"What you wrote is in {kept}: plans edit {plan} --file {kept}")
+                print_line(
+                    f"What you wrote is in {kept}: understudy plans edit {plan} --file {kept}"
+                )
             raise
     _tell_stored(stored, "changed", as_json=as_json)
 
@@ -135,13 +137,14 @@ def show(plan: PlanName, *, as_json: AsJson = False) -> None:
 @app.command()
 def delete(plan: PlanName, *, yes: Yes = False, as_json: AsJson = False) -> None:
     """Delete a plan; its runs and drills are kept."""
-    confirm(f"Delete the plan {plan}?", yes=yes)
     with connect() as api:
+        told = _told_open(plan, plan_runs.open_runs(api, plan))
+        confirm(f"Delete the plan {plan}?{told}", yes=yes)
         api.delete(f"/plans/{part(plan)}")
     if as_json:
         print_json({"name": plan, "deleted": True})
     else:
-        print_line(f"{plan}: deleted.")
+        print_line(f"{plan}: deleted.{told}")
 
 
 @app.command()
@@ -231,6 +234,17 @@ def _tell_problems(problems: list[dict[str, Any]]) -> None:
         style = "red" if problem["fatal"] else "yellow"
         hint = f" ({problem['hint']})" if problem.get("hint") else ""
         print_line(f"  {problem['message']}{hint}", style=style)
+
+
+def _told_open(plan: str, runs: list[dict[str, Any]]) -> str:
+    """What becomes of a plan's runs that are open, when it is deleted."""
+    if not runs:
+        return ""
+    which = ", ".join(f"{run['id']} ({run['kind']})" for run in runs)
+    return (
+        f" Runs of it that are open stay so: {which}; `understudy plans cleanup {plan}` "
+        "ends a test, `understudy failover` others."
+    )
 
 
 def _action(action: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from appliance.cli.names import MachineName, Store, parse_duration
 from appliance.cli.output import (
     AsJson,
     Column,
+    counted,
     instant,
     mebibytes,
     print_json,
@@ -60,7 +61,9 @@ def list_points(machine: MachineName, *, store: Store = None, as_json: AsJson = 
     )
     if found:
         # A point takes what it changed until it is merged with others.
-        print_line(f"{len(found)} points, {size(space_bytes)} at the applier", style="dim")
+        print_line(
+            f"{counted(len(found), 'point')}, {size(space_bytes)} at the applier", style="dim"
+        )
 
 
 @app.command()

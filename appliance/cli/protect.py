@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from appliance.cli.api_client import ApiClient, connect, part
+from appliance.cli.failover_choice import confirm
 from appliance.cli.jobs import follow_job, started, watch
 from appliance.cli.machines import progress_share
 from appliance.cli.names import MachineName, Wait, Yes, complete_policy
@@ -80,12 +81,8 @@ def unprotect(
     as_json: AsJson = False,
 ) -> None:
     """End a machine's protection, and delete its recovery points unless they are kept."""
-    if not keep_points and not yes:
-        typer.confirm(
-            f"Delete all recovery points of {machine}? (--keep-points keeps them)",
-            abort=True,
-            err=True,
-        )
+    question = f"Delete all recovery points of {machine}? (--keep-points keeps them)"
+    confirm(question, yes=yes or keep_points)
     with connect() as api:
         job = api.post(f"/machines/{part(machine)}/unprotect", {"keep_points": keep_points})
         started(api, job, wait=wait, as_json=as_json)

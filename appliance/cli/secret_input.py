@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from appliance.cli.sign_in import told_unread
 from replication.errors import ConfigError
 
 SECRET_CHARS_MAX = 4096
@@ -24,7 +25,7 @@ def read_secret(what: str, *, file: str | None, from_stdin: bool) -> str:
     else:
         option = what.rsplit(maxsplit=1)[-1]
         raise ConfigError(
-            f"there is nobody to ask for the {what}",
+            f"cannot ask for the {what}: this is not a terminal",
             hint=f"give --{option}-stdin or --{option}-file FILE",
         )
     secret = secret.strip("\r\n")
@@ -38,4 +39,4 @@ def _from_file(what: str, path: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.readline(SECRET_CHARS_MAX)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the {what} from {path}: {error}") from error
+        raise ConfigError(f"cannot read the {what} from {path}: {told_unread(error)}") from error

@@ -113,4 +113,9 @@ def read_pem(path: str) -> str:
         with open(path, encoding="ascii") as file:
             return file.read(64 << 10)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the CA {path}: {error}") from error
+        raise ConfigError(f"cannot read the CA {path}: {told_unread(error)}") from error
+
+
+def told_unread(error: OSError | UnicodeDecodeError) -> str:
+    """Why a file cannot be read, without its name."""
+    return error.strerror or str(error) if isinstance(error, OSError) else "it is no text"

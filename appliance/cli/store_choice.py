@@ -12,7 +12,16 @@ from appliance.cli.names import STORE_VARIABLE, STORES_LOOKED_FOR, Store
 from replication.bookmark import DiskShape
 from replication.errors import ConfigError
 
-__all__ = ["Machine", "PointName", "Store", "find_disk", "find_machine", "find_point", "find_store"]
+__all__ = [
+    "Machine",
+    "PointName",
+    "Store",
+    "find_disk",
+    "find_machine",
+    "find_point",
+    "find_store",
+    "store_instead",
+]
 
 Machine = Annotated[str, typer.Argument(metavar="MACHINE", help="A machine's name or id.")]
 PointName = Annotated[
@@ -32,6 +41,25 @@ def find_store(store: str | None) -> str:
         f"there is no store in {store or ' or '.join(STORES_LOOKED_FOR)}",
         hint=f"name the applier's store with --store DIR or {STORE_VARIABLE}",
     )
+
+
+def store_instead(store: str | None) -> str:
+    """The store of a command that asks the config server where somebody is signed in.
+
+    Where none is named, it says whose answer follows. ConfigError when there is none.
+    """
+    if store is not None:
+        return find_store(store)
+    try:
+        root = find_store(None)
+    except ConfigError as error:
+        raise ConfigError(
+            f"not signed in to a config server, and {error.args[0]}",
+            hint="`understudy login URL`; or, on an applier's host, name its store with "
+            f"--store DIR or {STORE_VARIABLE}",
+        ) from error
+    typer.echo(f"not signed in: from the store in {root}", err=True)
+    return root
 
 
 def find_machine(store: str | None, wanted: str) -> ReaderStore:

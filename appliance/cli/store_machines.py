@@ -5,12 +5,12 @@ from typing import Any
 
 from appliance.applier.store import ReaderStore, machines_in, open_reader
 from appliance.cli.output import Column, instant, print_rows, seconds_ago
-from appliance.cli.store_choice import find_store
+from appliance.cli.store_choice import store_instead
 
 
 def list_store(store: str | None, *, as_json: bool) -> None:
     """Print them, and how fresh their newest point is."""
-    root = find_store(store)
+    root = store_instead(store)
     rows = [_row(open_reader(root, machine)) for machine in machines_in(root)]
     print_rows(
         rows,

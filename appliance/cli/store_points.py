@@ -10,13 +10,13 @@ from appliance.applier.store.holds import Mark, marks_of, read_holds
 from appliance.applier.store.point_names import point_name
 from appliance.applier.store.reader_store import recovery_points
 from appliance.cli.output import Column, instant, mebibytes, print_rows, seconds_ago
-from appliance.cli.store_choice import find_machine
+from appliance.cli.store_choice import find_machine, store_instead
 from replication.errors import IntegrityError
 
 
 def list_store_points(store: str | None, machine: str, *, as_json: bool) -> None:
     """List a machine's recovery points, oldest first."""
-    reader = find_machine(store, machine)
+    reader = find_machine(store_instead(store), machine)
     chain = reader.chain()
     try:
         holds = read_holds(reader.folder)

@@ -53,11 +53,21 @@ def list_vms(*, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def console(machine: MachineName, *, failover: FailoverId = None, as_json: AsJson = False) -> None:
+def console(
+    machine: MachineName,
+    *,
+    tail: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the last N lines.", min=1)
+    ] = None,
+    failover: FailoverId = None,
+    as_json: AsJson = False,
+) -> None:
     """Print what a machine's VM has written to its serial console, also when it is gone."""
     with connect() as api:
         found = find_evidence(api, machine, "console", failover=failover)
         text = api.get_bytes(f"/failovers/{found['id']}/console").decode(errors="replace")
+    if tail is not None:
+        text = "".join(text.splitlines(keepends=True)[-tail:])
     if as_json:
         print_json({"failover": found["id"], "machine": found["machine"], "console": text})
         return

@@ -179,6 +179,8 @@ def test_health_components_and_events(guest: Person) -> None:
     assert "ps-1 (process-server): critical" in guest.sees("health", "ps-1")
     assert guest.reads("health", "db-01")["health"]["state"] == "warning"
     guest.is_told("health", "nobody", code=10)
+    for words, code in ((("ps-1",), 21), (("db-01", "--json"), 20), ((), 21)):
+        assert guest.types("health", *words, "--exit-code")[0] == code
     listed = guest.sees("components")
     assert "97 %" in listed
     assert [one["name"] for one in guest.reads("components")] == ["applier-1", "ps-1", "vc-1"]
@@ -239,7 +241,9 @@ def test_jobs(guest: Person) -> None:
     code, _, err = guest.types("jobs", "0123456789abcdef", "--follow")
     assert code == 1
     assert "protect db-01: no disk" in err
-    guest.is_told("jobs", "fedcba9876543210", code=10)
+    for job in ("fedcba9876543210", "zzz"):
+        err = guest.is_told("jobs", job, code=10)
+        assert f"there is no job {job}\nhint: `understudy jobs`" in err
     guest.is_told("jobs", "--state", "sleeping", code=9)
 
 
@@ -276,6 +280,32 @@ def test_secrets_are_no_arguments(boss: Person) -> None:
         assert "--password " not in options
     told = boss.is_told("vcenters", "add", "x", "https://x", "--username", "u", code=2)
     assert "--password-stdin" in told
+
+
+def test_without_sign_in_a_store_answers_and_is_named(
+    person: Person, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = str(tmp_path / "store")
+    monkeypatch.setattr("appliance.cli.store_choice.STORES_LOOKED_FOR", (store,))
+    for words in (("machines",), ("points", "db-01")):
+        err = person.is_told(*words, code=2)
+        assert "not signed in" in err
+        assert "`understudy login URL`" in err
+        assert "--store DIR" in err
+    (tmp_path / "store" / "machines").mkdir(parents=True)
+    code, out, err = person.types("machines")
+    assert (code, "holds no machine" in out) == (0, True)
+    assert err == f"not signed in: from the store in {store}\n"
+    assert person.types("machines", "--store", store)[2] == ""
+
+
+def test_a_file_that_is_not_there_is_named_once(person: Person) -> None:
+    err = person.is_told("login", "https://localhost:1", "--token-file", "/nowhere", code=2)
+    assert err == "error: cannot read the token from /nowhere: No such file or directory\n"
+
+
+def test_the_version(person: Person) -> None:
+    assert person.sees("--version").startswith("understudy 0.")
 
 
 def test_following_outlasts_a_restart_of_the_config_server(

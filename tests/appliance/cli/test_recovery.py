@@ -3,6 +3,7 @@
 import asyncio
 import stat
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
@@ -13,6 +14,7 @@ import structlog
 from appliance.cli.names import complete_plan, complete_schedule
 from appliance.config_server.identity.administration import show_ca
 from appliance.config_server.recovery.intake import take_points
+from appliance.config_server.store.recovery_tables import Failover
 from replication.control.recovery import ListedPoint, PointList
 from replication.control.role import OperatorRole
 from tests.appliance.cli.person import Person
@@ -77,6 +79,18 @@ class Running:
             self._ready.set()
             await self._stop.wait()
 
+    def switched_off(self, failover: str) -> None:
+        """As if the source's vCenter had switched it off for this failover."""
+        assert self._loop is not None
+        asyncio.run_coroutine_threadsafe(self._switch_off(failover), self._loop).result()
+
+    async def _switch_off(self, failover: str) -> None:
+        assert self.site is not None
+        server = self.site.control.server
+        async with server.database.writing() as session:
+            row = await session.get_one(Failover, uuid.UUID(failover))
+            row.powered_off_ns = server.clock()
+
     async def _list_points(self, site: Site) -> None:
         server = site.control.server
         now_ns = server.clock()
@@ -129,17 +143,19 @@ def test_a_machine_is_tested_seen_and_cleaned_up(boss: Person, tmp_path: Path) -
     (listed,) = boss.reads("failover", "list")
     assert listed["id"] == vm["id"]
     assert boss.reads("failover", "show", vm["id"]) == boss.reads("failover", "show", "web-1")
-    assert "all is mounted" in boss.sees("vms", "console", "web-1")
+    assert "all is mounted" in boss.sees("vms", "console", "web-1", "--tail", "1")
     picture = tmp_path / "web.png"
     boss.sees("vms", "screenshot", "web-1", "--output", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
     # Of two at once, which one has to be said.
-    boss.sees("failover", "test", str(MACHINE), "--point", "old", "--wait")
+    boss.sees("failover", "test", str(MACHINE), "--point", "old", "--network", "second", "--wait")
+    assert "second, isolated" in boss.sees("failover", "show", "web-1")
     err = boss.is_told("failover", "cleanup", "web-1", code=11)
     assert "has 2 of them" in err
     assert "--failover ID" in err
     out = boss.sees("failover", "cleanup", "web-1", "--failover", vm["id"], "--wait")
     assert "✓ they are gone" in out
+    assert "Nothing is left of the test of web-1" in out
     boss.sees("failover", "cleanup", str(MACHINE), "--notes", "well", "--wait")
     assert boss.reads("failover", "list") == []
     assert len(boss.reads("failover", "list", "--all", "--machine", "web-1")) == 2
@@ -147,9 +163,19 @@ def test_a_machine_is_tested_seen_and_cleaned_up(boss: Person, tmp_path: Path) -
     assert "has no open test failover" in boss.is_told("failover", "cleanup", "web-1", code=10)
 
 
-def test_a_machine_fails_over_goes_to_another_point_and_back(boss: Person) -> None:
+def test_a_machine_fails_over_goes_to_another_point_and_back(
+    boss: Person, running: Running
+) -> None:
     err = boss.is_told("failover", "unplanned", "web-1", code=2)
-    assert "Nobody can answer here" in err
+    assert "This is not a terminal" in err
+    for verb in ("commit", "cancel"):
+        assert "no open failover" in boss.is_told("failover", verb, "web-1", code=10)
+    err = boss.is_told("failover", "test", "web-1", "--point", "2020-01-01", code=10)
+    assert "web-1 has no recovery point 2020-01-01\nhint: `understudy points web-1`" in err
+    err = boss.is_told("failover", "test", "web-1", "--network", "default", code=11)
+    assert "a test's is isolated" in err
+    err = boss.types("failover", "test", "web-1", "--memory", "99999999")[2]
+    assert "1048576" in err
     found = boss.reads(
         "failover", "unplanned", "web-1", "--point", "newer", "--no-shut-down", "--yes", "--wait"
     )
@@ -158,8 +184,13 @@ def test_a_machine_fails_over_goes_to_another_point_and_back(boss: Person) -> No
     assert boss.reads("failover", "show", "web-1")["point"] == "old"
     for verb in ("commit", "cancel"):
         assert "say --yes" in boss.is_told("failover", verb, "web-1", code=2)
-    boss.sees("failover", "cancel", "web-1", "--yes", "--wait")
+    running.switched_off(found["id"])
+    out = boss.sees("failover", "cancel", "web-1", "--yes", "--wait")
+    assert out.splitlines()[-1] == (
+        "web-1 is protected again. Its source is switched off: switch it on in the vCenter."
+    )
     assert boss.reads("failover", "show", "web-1")["state"] == "cancelled"
+    assert "say --yes" in boss.is_told("unprotect", "web-1", code=2)
     assert "there is no machine" in boss.is_told("failover", "show", "nobody", code=10)
     assert "--guest" in boss.is_told("failover", "test", "web-1", "--guest", "x", code=2)
 
@@ -196,7 +227,9 @@ def test_plans_are_made_edited_and_moved_as_yaml(
     assert "there is no machine nobody" in boss.sees("plans", "import", str(file), "--name", "odd")
     err = boss.types("plans", "validate", "odd")[2]
     assert "cannot run as things are" in err
-    boss.is_told("plans", "import", str(file), code=11)
+    err = boss.is_told("plans", "import", str(file), code=11)
+    assert "`understudy plans edit small`" in err
+    assert "`understudy plans delete small`" in err
     boss.sees("plans", "import", str(file), "--replace")
     assert boss.reads("plans", "show", "small")["revision"] == 2
 
@@ -234,12 +267,27 @@ def test_a_plan_runs_waits_for_a_person_and_is_cleaned_up(boss: Person, tmp_path
     assert "resumed by" in out
     assert "✓ group 2: check" in out
     (run,) = boss.reads("plans", "runs", "shop")
+    again, out, err = boss.types("plans", "test", "shop", "--network", "shops")
+    assert (again, "shops, isolated" in out) == (0, True)
+    assert f"`understudy plans cleanup shop --run {run['id']}`" in err
+    while "look at it" not in boss.sees("jobs", "--machine", "shop", "--state", "running"):
+        pass
+    (second, first) = boss.reads("plans", "runs", "shop")
+    assert first["id"] == run["id"]
+    boss.types("jobs", second["job"], "--cancel", "--yes", "--follow")
+    assert "Runs of it that are open stay so" in boss.is_told("plans", "delete", "shop", code=2)
+    assert "there is no run x" in boss.is_told("plans", "runs", "shop", "--run", "x", code=10)
     out = boss.sees("plans", "runs", "shop", "--run", run["id"])
     assert "after group 1, look: done" in out
-    assert "✓ they are gone" in boss.sees("plans", "cleanup", "shop", "--wait")
+    out = boss.sees("plans", "cleanup", "shop", "--wait")
+    assert "✓ they are gone" in out
+    assert "Nothing is left of this test of shop" in out
     assert "no test of shop" in boss.is_told("plans", "cleanup", "shop", code=10)
     assert "say --yes" in boss.is_told("plans", "run", "shop", "--kind", "planned", code=2)
-    assert "planned or unplanned" in boss.is_told("plans", "run", "shop", "--kind", "x", code=2)
+    for words in ((), ("--kind", "x")):
+        err = boss.is_told("plans", "run", "shop", *words, code=2)
+        assert "--kind planned" in err
+        assert "--kind unplanned" in err
     a_drill_that_waits_for_a_person_says_so_and_is_cancelled(boss)
     boss.sees("plans", "delete", "shop", "--yes")
 
@@ -269,12 +317,15 @@ def test_drills_are_held_scheduled_and_reported(boss: Person, tmp_path: Path) ->
     )
     assert (found["state"], found["untouched"]) == ("passed", True)
     drill = found["id"]
-    out = boss.sees("drills", "show", drill)
+    out = boss.sees("drills", "show", "db-1")
     assert found["report"]["digest"] in out
     page = tmp_path / "page.html"
     assert "it opens in any browser" in boss.sees("drills", "report", drill, "--html", str(page))
     assert "data:image/png" in page.read_text()
     assert boss.reads("drills", "report", drill) == found["report"]
+    err = boss.is_told("drills", "report", "files-01", code=10)
+    assert "there is no drill files-01" in err
+    assert "`understudy drills list`" in err
     assert drill in boss.sees("drills", "list")
     out = boss.sees(
         "drills", "schedule", "weekly", "--machine", "db-1", "--every", "7d", "--at", "03:00"
