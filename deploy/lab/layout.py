@@ -211,7 +211,7 @@ class Layout:
         _write(
             self.config("compute"),
             f'points_folder = "{self.points}"\ndata_folder = "{self.path("compute")}"\n'
-            "boots_max = 2\n\n"
+            "boots_max = 3\n\n"
             f"{self._control('compute')}\n"
             "# Networks of the VMs are network namespaces with these names.\n"
             f'[network]\nnamespaces = "lab{self.ports.base}"\n\n'

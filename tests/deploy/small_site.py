@@ -1,6 +1,8 @@
 """A whole site with as many small guests as a test wants: every part a process of its own."""
 
 import contextlib
+import random
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,6 @@ from deploy.lab.process import Background
 from deploy.lab.proof import list_points
 from deploy.lab.stack import Stack, wait_for
 from replication.errors import ReplicationError
-from tests.azure_emu.fixtures import free_ports
 
 MIB = 1 << 20
 SEEDED_SECONDS_MAX = 180.0
@@ -25,12 +26,24 @@ workload = {{ kind = "web", disk = "root", writes_per_second = 10 }}
 """
 
 
+def free_hundred() -> int:
+    """The first of a hundred ports that nobody has, below those that the kernel gives out."""
+    for _ in range(100):
+        base = random.randrange(110, 320) * 100
+        with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
+            for port in range(base, base + 100):
+                one = opened.enter_context(socket.socket())
+                one.bind(("127.0.0.1", port))
+            return base
+    raise AssertionError("there are no hundred free ports")
+
+
 class SmallSite:
     """Guests with one ext4 disk each, protected; whoever runs them; and their operator."""
 
     def __init__(self, folder: Path, names: tuple[str, ...], *, size_bytes: int) -> None:
         self.names = names
-        self.layout = Layout(str(folder / "site"), Ports(free_ports(1)[0] // 100 * 100))
+        self.layout = Layout(str(folder / "site"), Ports(free_hundred()))
         self.stack = Stack(self.layout)
         self._size_bytes = size_bytes
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from deploy.lab.layout import Layout, Ports
-from tests.azure_emu.fixtures import free_ports
 from tests.deploy.acknowledged import AcknowledgedWriter
+from tests.deploy.small_site import free_hundred
 
 LAB_SECONDS_MAX = 600
 
@@ -22,7 +22,7 @@ LAB_SECONDS_MAX = 600
 def lab(tmp_path: Path) -> Iterator[list[str]]:
     """The command of a lab of one's own; taken down whatever happens."""
     folder = tmp_path / "lab"
-    base = free_ports(1)[0] // 100 * 100
+    base = free_hundred()
     command = [sys.executable, "-m", "deploy.lab", "--folder", str(folder)]
     command += ["--port-base", str(base)]
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.azure_emu.fixtures import free_ports
+from tests.deploy.small_site import free_hundred
 
 LAB_SECONDS_MAX = 3000
 
@@ -15,7 +15,7 @@ LAB_SECONDS_MAX = 3000
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[list[str]]:
     """The command of a lab of one's own; taken down whatever happens."""
-    base = free_ports(1)[0] // 100 * 100
+    base = free_hundred()
     command = [sys.executable, "-m", "deploy.lab", "--folder", str(tmp_path / "lab")]
     command += ["--port-base", str(base)]
     try:
