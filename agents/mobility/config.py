@@ -99,7 +99,7 @@ class SendConfig(Section):
     bandwidth_bytes_per_second_max: 0: no limit.
     """
 
-    segment_bytes: int = Field(default=5 << 20, ge=2 << 20, le=SEGMENT_BYTES_MAX - (2 << 20))
+    segment_bytes: int = Field(default=6 << 20, ge=2 << 20, le=SEGMENT_BYTES_MAX - (2 << 20))
     segments_in_flight_max: int = Field(default=3, ge=1, le=32)
     bandwidth_bytes_per_second_max: int = Field(default=0, ge=0)
     zstd_level: int = Field(default=1, ge=1, le=19)
