@@ -78,7 +78,8 @@ def test_a_flipped_byte_at_rest_is_refused_and_mended(
     rig.wait_until("the damage to be found", rig.events)
     rig.wait_until("repair", lambda: _newest_has(rig, disk, [block]))
     rig.assert_newest_equals_source()
-    assert [event["code"] for event in rig.events()] == ["rotten"]
+    # What has read it reports it, and so does who looks for it: once or twice, by who comes first.
+    assert {event["code"] for event in rig.events()} == {"rotten"}
     assert f"block {block} of disk 0" in rig.events()[0]["message"]
     assert file in rig.events()[0]["message"]
     assert rig.agent_status()["sent_bytes"] - sent_bytes < MENDED_BYTES_MAX
