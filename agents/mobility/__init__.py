@@ -3,7 +3,7 @@
 import sys
 
 if "structlog" not in sys.modules and "rich" not in sys.modules:
-    # It would be loaded, 6 MiB of it, for tracebacks in colours, which no log of a daemon has.
+    # It would be loaded, some MiB of it, for tracebacks in colours, which no log of a daemon has.
     sys.modules["rich"] = None  # type: ignore[assignment]
     import structlog  # noqa: F401 - so that it finds none
 

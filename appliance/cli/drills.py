@@ -13,6 +13,7 @@ from appliance.cli.failover_choice import (
     Network,
     Notes,
     PointChoice,
+    asked_for,
     confirm,
     find_drill,
     read_script,
@@ -149,7 +150,7 @@ def run(
     cleaned up and its report is there.
     """
     body = _subject(plan, machine) | _options(guest, script)
-    body |= {"point": point, "network": network, "compute": compute, "notes": notes}
+    body |= asked_for(point, network, compute, notes)
     with connect() as api:
         found = api.post("/drills", body)
         if not wait:

@@ -13,6 +13,7 @@ from appliance.cli.failover_choice import (
     NoShutDown,
     Notes,
     PointChoice,
+    asked_for,
     confirm,
     failovers_of,
     find_failover,
@@ -98,7 +99,7 @@ def try_out(
     as_json: AsJson = False,
 ) -> None:
     """Try a machine on a network of its own; replication goes on."""
-    body: dict[str, Any] = {"point": point, "network": network, "compute": compute, "notes": notes}
+    body = asked_for(point, network, compute, notes)
     body |= _made(guest, script, cpus, memory, check_seconds)
     body |= {"kind": "test", "wait_seconds": wait_seconds}
     _ask(machine, body, wait=wait, as_json=as_json)
@@ -150,7 +151,7 @@ def unplanned(
     lost.
     """
     confirm(f"Run {machine} at the second site? What is newer than the point is lost.", yes=yes)
-    body: dict[str, Any] = {"point": point, "network": network, "compute": compute, "notes": notes}
+    body = asked_for(point, network, compute, notes)
     body |= _made(guest, script, cpus, memory, check_seconds)
     body |= {"kind": "unplanned", "wait_seconds": wait_seconds, "shut_down": not no_shut_down}
     _ask(machine, body, wait=wait, as_json=as_json)

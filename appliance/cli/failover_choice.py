@@ -43,6 +43,11 @@ NoShutDown = Annotated[
 ]
 
 
+def asked_for(point: str, network: str | None, compute: str | None, notes: str) -> dict[str, Any]:
+    """What every request has that makes machines at the second site."""
+    return {"point": point, "network": network, "compute": compute, "notes": notes}
+
+
 def find_failover(
     api: ApiClient,
     machine: str,

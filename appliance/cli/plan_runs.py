@@ -11,6 +11,7 @@ from appliance.cli.failover_choice import (
     NoShutDown,
     Notes,
     PointChoice,
+    asked_for,
     confirm,
     told_network,
 )
@@ -45,7 +46,7 @@ def try_out(
     as_json: AsJson = False,
 ) -> None:
     """Try a plan on a network of its own; replication goes on."""
-    body = {"kind": "test", "point": point, "network": network, "compute": compute, "notes": notes}
+    body = {"kind": "test", **asked_for(point, network, compute, notes)}
     _run(plan, body, wait=wait, as_json=as_json)
 
 
@@ -76,7 +77,7 @@ def run(
             hint="--kind planned (the first site lives: nothing is lost) or --kind unplanned",
         )
     confirm(f"Run all machines of {plan} at the second site ({kind})?", yes=yes)
-    body = {"kind": kind, "point": point, "network": network, "compute": compute, "notes": notes}
+    body = {"kind": kind, **asked_for(point, network, compute, notes)}
     _run(plan, {**body, "shut_down": not no_shut_down}, wait=wait, as_json=as_json)
 
 

@@ -106,6 +106,7 @@ class Watcher:
                 try:
                     assessment = await self.look(events=began >= events_from)
                     self._health.report(HEALTH_PART, critical=_told(assessment))
+                    self._defect = ""
                 except IntegrityError:
                     raise  # the database is damaged: whatever is read from it may be wrong
                 except ReplicationError as error:
