@@ -196,6 +196,13 @@ def judge_vm(
         if waited_ns > answer_ns:
             return _silent("said nothing of the virtual machine")
         return Wait(f"waits for the compute node, {_seconds(answer_ns)} at most")
+    ran = report.state in (VmState.UP, VmState.FAILED)
+    if ran and report.check is not None and not report.check.passed:
+        return Bad(
+            "check_failed",
+            f"the virtual machine has started, but its check failed: {report.check.detail}",
+            "its console tells more; another point may be better",
+        )
     if report.state is VmState.FAILED:
         return _broken(report)
     if report.state is VmState.STOPPED:
@@ -203,12 +210,6 @@ def judge_vm(
             "vm_stopped",
             f"the virtual machine stopped: {report.reason or 'no reason is known'}",
             "its console tells more",
-        )
-    if report.state is VmState.UP and report.check is not None and not report.check.passed:
-        return Bad(
-            "check_failed",
-            f"the virtual machine is up, but its check failed: {report.check.detail}",
-            "its console tells more; another point may be better",
         )
     if report.state is VmState.UP:
         return Good()

@@ -31,6 +31,7 @@ SCRIPT = """set -e
 (while :; do sleep 1; done) &
 ls /mnt
 cat /mnt/disk0/hello
+cat /sys/devices/system/clocksource/clocksource0/current_clocksource >/dev/ttyS0
 echo changed >/mnt/disk0/hello
 head -c 20000000 /dev/zero
 echo the end
@@ -119,6 +120,7 @@ async def test_one_boot_of_the_recovery_guest_finds_everything(place: Place) -> 
         console = site.evidence[order.id, EvidenceKind.CONSOLE]
         assert b"the script begins" in console
         assert b"/dev/vda (disk 0) ext4 clean=true" in console
+        assert re.search(rb"^(hpet|kvm-clock)\r?$", console, re.MULTILINE), "a TSC may run ahead"
         assert site.evidence[order.id, EvidenceKind.SCREENSHOT].startswith(b"\x89PNG")
         (process,) = place.processes(order.id)
         its_own = {"diskN.qcow2", CONSOLE, "qemu.pid", "qemu.log"}

@@ -170,11 +170,16 @@ def test_a_vm_is_up_when_it_is_up_and_its_check_has_passed(state: VmState, waite
         assert isinstance(found, Wait)
 
 
-def test_a_check_that_failed_and_a_node_that_says_nothing() -> None:
+@pytest.mark.parametrize("state", [VmState.UP, VmState.FAILED])
+def test_a_check_that_failed_is_told_as_that(state: VmState) -> None:
     failed = VmCheck(passed=False, detail="/dev/vda1 is not clean")
-    found = judge_vm(vm(VmState.UP, check=failed), 0, check_seconds_max=1, answer_ns=ANSWER)
+    found = judge_vm(vm(state, check=failed), 0, check_seconds_max=1, answer_ns=ANSWER)
     assert isinstance(found, Bad)
+    assert found.code == "check_failed"
     assert "not clean" in found.message
+
+
+def test_a_node_that_says_nothing_is_waited_for_and_then_told() -> None:
     assert isinstance(judge_vm(None, 0, check_seconds_max=1, answer_ns=ANSWER), Wait)
     assert isinstance(judge_vm(None, ANSWER + 1, check_seconds_max=1, answer_ns=ANSWER), Bad)
 
