@@ -3,7 +3,6 @@
 Entries that go before their time are told of; those that are old enough go as configured.
 """
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,10 +11,10 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.config_server.config import AuditConfig
+from appliance.config_server.rounds import Trouble, go_round
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.schema import AuditEntry
 from daemon.service import Health
-from replication.errors import ReplicationError
 
 HEALTH_PART = "audit"
 PRUNE_SECONDS = 60.0
@@ -37,14 +36,13 @@ class Pruned:
 async def keep_pruning(
     database: Database, config: AuditConfig, health: Health, clock: Callable[[], int]
 ) -> None:
-    """Until it is cancelled. A database that is away is told, and tried again."""
-    while True:
-        try:
-            found = await prune_all(database, config, clock())
-            health.report(HEALTH_PART, warning=_told(found, config))
-        except ReplicationError as error:
-            health.report(HEALTH_PART, warning=f"the audit log is not pruned: {error}")
-        await asyncio.sleep(PRUNE_SECONDS)
+    """Until it is cancelled. Raises IntegrityError for a damaged database."""
+
+    async def look() -> list[Trouble]:
+        return _told(await prune_all(database, config, clock()), config)
+
+    failing = "the audit log is not pruned"
+    await go_round(HEALTH_PART, look, health, PRUNE_SECONDS, failing=failing, is_grave=False)
 
 
 async def prune_all(database: Database, config: AuditConfig, now_ns: int) -> Pruned:
@@ -85,10 +83,11 @@ async def prune(session: AsyncSession, config: AuditConfig, now_ns: int) -> Prun
     return Pruned(excess=len(oldest))
 
 
-def _told(found: Pruned, config: AuditConfig) -> str:
+def _told(found: Pruned, config: AuditConfig) -> list[Trouble]:
     if not found.excess:
-        return ""
-    return (
+        return []
+    why = (
         f"{found.excess} entries younger than {config.days} days were deleted within the last "
         f"minute: there are more than audit.count_max ({config.count_max})"
     )
+    return [Trouble("the audit log", why)]

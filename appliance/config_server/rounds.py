@@ -64,14 +64,20 @@ async def go_round(
     seconds: float,
     *,
     failing: str,
+    is_grave: bool = True,
+    wake: asyncio.Event | None = None,
 ) -> None:
     """Look every so many seconds until cancelled. Raises IntegrityError for a damaged database.
 
-    part:    of the health.
-    failing: what is not done while a round fails as a whole.
+    part:     of the health.
+    failing:  what is not done while a round fails as a whole.
+    is_grave: troubles are critical, not warnings.
+    wake:     set for a look at once.
     """
+    wake = wake or asyncio.Event()
     before: frozenset[str] = frozenset()
     while True:
+        wake.clear()
         try:
             troubles = await look()
         except IntegrityError:
@@ -81,11 +87,14 @@ async def go_round(
         except Exception as error:  # noqa: BLE001 - told by the log and the health
             troubles = (Trouble(failing, f"a defect: {error!r}", error),)
         told = [str(trouble) for trouble in troubles]
-        health.report(part, critical="; ".join(told[:TROUBLES_TOLD_MAX]))
+        reason = "; ".join(told[:TROUBLES_TOLD_MAX])
+        health.report(part, **{"critical" if is_grave else "warning": reason})
         for trouble in troubles:
             if trouble.defect is not None and str(trouble) not in before:
                 structlog.get_logger().error(
                     "a round has a defect", part=part, what=trouble.what, exc_info=trouble.defect
                 )
         before = frozenset(told)
-        await asyncio.sleep(seconds)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await wake.wait()

@@ -40,6 +40,7 @@ from appliance.config_server.discovery.record import (
     take_lease,
 )
 from appliance.config_server.discovery.target import Target, Verify
+from appliance.config_server.rounds import Trouble, apart, go_round
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.schema import VCenter
 from daemon.service import Health
@@ -100,18 +101,16 @@ class Discovery:
         self._wake.set()
 
     async def run(self) -> None:
-        """Until it is cancelled."""
-        while True:
-            self._wake.clear()
-            try:
-                await self._look()
-            except ReplicationError as error:
-                self._health.report(PART, warning=str(error))
-            else:
-                self._health.report(PART)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS):
-                    await self._wake.wait()
+        """Until it is cancelled. Raises IntegrityError for a damaged database."""
+        await go_round(
+            PART,
+            self._look,
+            self._health,
+            LOOK_SECONDS,
+            failing="looking after the vCenters",
+            is_grave=False,
+            wake=self._wake,
+        )
 
     async def close(self) -> None:
         """End all readers and let others have their vCenters."""
@@ -121,7 +120,7 @@ class Discovery:
             async with self._database.writing() as session:
                 await give_up_leases(session, self._instance)
 
-    async def _look(self) -> None:
+    async def _look(self) -> list[Trouble]:
         async with self._database.reading() as session:
             rows = {row.id: row for row in await session.scalars(select(VCenter))}
         for reader in list(self._readers.values()):
@@ -133,20 +132,26 @@ class Discovery:
                 or not reader.is_alive
             ):
                 await self._end(reader)
-        now_ns = self._clock()
+        troubles: list[Trouble] = []
         for row in rows.values():
             if row.state == VCenterState.REFUSED:
                 continue  # until somebody changes the entry
-            is_ours = row.id in self._readers
-            renewed_ns = row.reader_until_ns - int(LEASE_SECONDS * 1e9)
-            if is_ours and now_ns - renewed_ns < RENEW_SECONDS * 1e9:
-                continue
-            async with self._database.writing() as session:
-                has_lease = await take_lease(session, row, self._instance, now_ns)
-            if has_lease and not is_ours:
-                await self._start(row)
-            elif is_ours and not has_lease:
-                await self._end(self._readers[row.id])
+            with apart(f"vCenter {row.name}", troubles):
+                await self._look_after(row)
+        return troubles
+
+    async def _look_after(self, row: VCenter) -> None:
+        now_ns = self._clock()
+        is_ours = row.id in self._readers
+        renewed_ns = row.reader_until_ns - int(LEASE_SECONDS * 1e9)
+        if is_ours and now_ns - renewed_ns < RENEW_SECONDS * 1e9:
+            return
+        async with self._database.writing() as session:
+            has_lease = await take_lease(session, row, self._instance, now_ns)
+        if has_lease and not is_ours:
+            await self._start(row)
+        elif is_ours and not has_lease:
+            await self._end(self._readers[row.id])
 
     async def _start(self, row: VCenter) -> None:
         record = Record(

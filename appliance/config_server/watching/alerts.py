@@ -73,9 +73,9 @@ class AlertMailer:
         while True:
             try:
                 sent = await self.send_due()
-            except ReplicationError as error:
+            except Exception as error:  # noqa: BLE001 - told by the health, a defect by the log
                 self.failed_count += 1
-                self._health.report(HEALTH_PART, warning=str(error))
+                self._tell(error)
                 await asyncio.sleep(retry_seconds)
                 retry_seconds = min(2 * retry_seconds, RETRY_SECONDS_MAX)
                 continue
@@ -84,6 +84,13 @@ class AlertMailer:
                 retry_seconds = RETRY_SECONDS_FIRST
                 await asyncio.sleep(self._config.gap_seconds)
             await self._wait()
+
+    def _tell(self, error: Exception) -> None:
+        told = str(error)
+        if not isinstance(error, ReplicationError):
+            told = f"alerts are not mailed, for a defect: {error!r}"
+            structlog.get_logger().error("mailing has a defect", exc_info=error)
+        self._health.report(HEALTH_PART, warning=told)
 
     async def send_due(self) -> int:
         """Mail what is due as one message; return how many events it told of."""

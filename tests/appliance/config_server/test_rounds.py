@@ -78,6 +78,27 @@ async def test_a_round_that_fails_is_told_and_the_next_one_comes(error: Exceptio
     assert len(told) == isinstance(error, RuntimeError), "in full once, while it lasts"
 
 
+async def test_a_round_that_is_woken_looks_at_once_and_what_is_not_grave_is_a_warning() -> None:
+    health, wake = Health(), asyncio.Event()
+    rounds = Rounds((), [Trouble("vCenter b", "its password cannot be opened")], ())
+    going = go_round(PART, rounds.look, health, 3600, failing="x", is_grave=False, wake=wake)
+    task = asyncio.create_task(going)
+    try:
+        await rounds.reach(1)
+        wake.set()
+        await rounds.reach(2)
+        await asyncio.sleep(0)
+        assert health.warnings == {PART: "vCenter b: its password cannot be opened"}
+        assert health.criticals == {}
+        wake.set()
+        await rounds.reach(3)
+        await asyncio.sleep(0)
+        assert health.warnings == {}
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_what_only_one_suffers_from_holds_up_no_other() -> None:
     troubles: list[Trouble] = []
     for what in (RuntimeError("a bug"), KeyError("timing"), ConflictError("it is gone")):

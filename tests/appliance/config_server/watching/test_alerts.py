@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from pydantic import ValidationError
 from sqlalchemy import select
+from structlog.testing import capture_logs
 
 from appliance.config_server.store.engine import Database, open_database
 from appliance.config_server.store.schema import Event
@@ -424,3 +425,28 @@ def test_a_senseless_section_is_refused(changes: dict[str, Any], server: Server)
 async def test_without_a_host_nothing_runs(database: Database) -> None:
     await add(database)
     await (await mailer(database, SmtpConfig())).run()
+
+
+async def test_a_defect_in_mailing_is_told_and_the_next_try_mails(
+    database: Database, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.config_server.watching.alerts.RETRY_SECONDS_FIRST", 0.1)
+    await add(database)
+    health = Health()
+    sender = await mailer(database, config(server), health)
+    mail = sender.send_due
+
+    async def broken() -> int:
+        monkeypatch.setattr(sender, "send_due", mail)
+        raise KeyError("machine")
+
+    monkeypatch.setattr(sender, "send_due", broken)
+    with capture_logs() as logs:
+        task = asyncio.create_task(sender.run())
+        try:
+            async with asyncio.timeout(10):
+                await until(lambda: "KeyError('machine')" in health.warnings.get(HEALTH_PART, ""))
+                await until(lambda: bool(server.mailbox.messages) and not health.warnings)
+        finally:
+            task.cancel()
+    assert [log["event"] for log in logs].count("mailing has a defect") == 1
