@@ -95,6 +95,7 @@ class PointsTree(pyfuse3.Operations):
     def __init__(self, store_root: str) -> None:
         super().__init__()
         self._root = store_root
+        self._began_ns = time.time_ns()
         self._views = ViewCache()
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="points")
         self._inodes: dict[Node, int] = {Node(): pyfuse3.ROOT_INODE}
@@ -282,6 +283,11 @@ class PointsTree(pyfuse3.Operations):
             raise ConfigError(f"machine {node.machine} has no point {node.position}")
         return store, point
 
+    def _changed_ns(self, machine: str | None) -> int:
+        """The time of a machine's newest point; ours where there is none, and of the top folder."""
+        points = self._points(machine)[1] if machine is not None else []
+        return points[-1].bookmark.time_ns if points else self._began_ns
+
     async def _attributes(self, inode: int) -> Any:
         node = self._node(inode)
         entry = pyfuse3.EntryAttributes()
@@ -290,6 +296,9 @@ class PointsTree(pyfuse3.Operations):
         entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
         entry.entry_timeout = entry.attr_timeout = FOLDER_SECONDS
         entry.st_blksize = READ_BYTES_MAX
+        if node.position is None:
+            changed_ns = await self._call(self._changed_ns, node.machine)
+            entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = changed_ns
         if node.is_latest:
             entry.st_mode = stat.S_IFLNK | 0o777
             return entry

@@ -105,6 +105,10 @@ def test_every_file_equals_its_image(mount: Mount, machine: RecordedMachine) -> 
     latest = mount.folder / "web-01" / "latest"
     assert latest.resolve() == points[6]
     assert (latest / "disk1.img").stat().st_size == 33 * BLOCK
+    newest_ns = points[6].stat().st_mtime_ns
+    assert newest_ns > points[1].stat().st_mtime_ns > 0
+    assert latest.lstat().st_mtime_ns == (mount.folder / "web-01").stat().st_mtime_ns == newest_ns
+    assert abs(mount.folder.stat().st_mtime - time.time()) < 300
 
 
 def test_a_machine_is_found_by_its_id_whatever_it_is_called(
