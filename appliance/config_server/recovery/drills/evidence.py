@@ -103,6 +103,23 @@ async def gather(session: AsyncSession, drill: DrillReport, run: PlanRun, job: J
     return Found(document, unseen)
 
 
+def without_evidence(drill: DrillReport, run: PlanRun, job: Job, reason: str) -> DrillDocument:
+    """The report of a drill of which no more can be read than that it was: it has not passed."""
+    return DrillDocument(
+        id=str(drill.id),
+        of="plan" if run.plan else "machine",
+        target=drill.target,
+        schedule=drill.schedule,
+        asked_by=drill.asked_by,
+        passed=False,
+        reason=reason,
+        began_ns=drill.began_ns,
+        run_ended_ns=job.ended_ns or 0,
+        run=str(run.id),
+        job=job.id,
+    )
+
+
 async def cleanup_of(session: AsyncSession, job_id: str) -> CleanupEvidence:
     """What came of a cleanup that has ended."""
     job = await find_job(session, job_id)

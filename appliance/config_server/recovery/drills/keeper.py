@@ -24,7 +24,7 @@ from appliance.config_server.protection.jobs import find_job, is_open
 from appliance.config_server.protection.requests import Asking
 from appliance.config_server.protection.workflow import Ports
 from appliance.config_server.recovery.config import RecoveryConfig
-from appliance.config_server.recovery.drills.evidence import cleanup_of, gather
+from appliance.config_server.recovery.drills.evidence import cleanup_of, gather, without_evidence
 from appliance.config_server.recovery.drills.holding import (
     OPEN,
     DrillState,
@@ -38,7 +38,7 @@ from appliance.config_server.recovery.requests import clean_up_run
 from appliance.config_server.rounds import Trouble, apart, go_round
 from appliance.config_server.store.engine import Database
 from appliance.config_server.store.recovery_tables import DrillReport, DrillSchedule, PlanRun
-from appliance.config_server.store.schema import Machine
+from appliance.config_server.store.schema import Job, Machine
 from appliance.config_server.watching.lease import Lease, give_up, hold
 from daemon.service import Health
 from replication.control.role import OperatorRole
@@ -211,9 +211,10 @@ class DrillKeeper:
             ended = await find_job(session, run.job_id)
             if is_open(ended):
                 return
-            found = await gather(session, row, run, ended)
             waited_ns = now_ns - (ended.ended_ns or now_ns)
-            if found.unseen and waited_ns < self.config.evidence_seconds * _NS:
+            may_wait = waited_ns < self.config.evidence_seconds * _NS
+            report = await self._evidence(session, row, run, ended, may_wait=may_wait)
+            if report is None:
                 return
             asking = Asking(session, self.ports, now_ns, row.asked_by)
             try:
@@ -221,11 +222,28 @@ class DrillKeeper:
                     job_id = (await clean_up_run(asking, run.id)).id
             except ConflictError:
                 job_id = ""  # it came to nothing, so nothing is left
-            document = found.document.model_dump(mode="json")
-            row.document = {"report": document, "cleanup": job_id}
+            row.document = {"report": report.model_dump(mode="json"), "cleanup": job_id}
             row.state = DrillState.CLEANING
         if job_id:
             await self.begin(job_id)
+
+    async def _evidence(
+        self, session: AsyncSession, row: DrillReport, run: PlanRun, ended: Job, *, may_wait: bool
+    ) -> DrillDocument | None:
+        """None: more may come. What cannot be read for long keeps no machine running: the report
+        says so and nothing else.
+        """
+        try:
+            found = await gather(session, row, run, ended)
+        except (ReplicationError, exc.SQLAlchemyError):
+            raise  # the database's own trouble
+        except Exception as error:
+            if may_wait:
+                raise
+            structlog.get_logger().exception("a drill leaves no evidence", drill=str(row.id))
+            told = f"its evidence cannot be read, a defect of the config server: {error!r}"
+            return without_evidence(row, run, ended, told)
+        return None if found.unseen and may_wait else found.document
 
     async def _after_cleanup(self, drill: uuid.UUID) -> None:
         """When all has gone: the report, whole."""

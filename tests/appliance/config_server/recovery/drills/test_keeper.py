@@ -341,3 +341,26 @@ async def test_a_defect_of_one_schedule_is_evidence_and_holds_up_nothing(
     assert found[report.id] == {"rto_seconds": None, "reason": report.document["reason"]}
     async with stage.database.reading() as session:
         assert (await session.get_one(DrillSchedule, made.id)).next_ns > stage.clock()
+
+
+async def test_a_drill_whose_evidence_cannot_be_read_is_tidied_up_and_has_not_passed(
+    stage: RecoveryStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> None:
+        raise OverflowError
+
+    monkeypatch.setattr(keeping, "gather", broken)
+    keeper = keeper_of(stage, evidence_seconds=60)
+    async with stage.asking() as asking:
+        row, job = await begin_drill(asking, keeper.config, RunRequest(), plan="small")
+    await stage.protection.begin(job.id)
+    assert (await stage.ended(job.id)).state == "succeeded"
+    (trouble,) = await keeper.look()
+    assert str(row.id) in trouble.what
+    assert (await reports(stage))[0].state == "running"
+    done = await ended(stage, keeper_of(stage), row.id)
+    await stage.nothing_is_left()
+    assert is_untouched(done.document)
+    assert (done.state, done.document["passed"]) == ("failed", False)
+    assert "OverflowError" in done.document["reason"]
+    assert done.document["cleanup"]["state"] == "succeeded"
