@@ -9,6 +9,7 @@ import structlog
 from replication.errors import ReplicationError
 
 READ_BYTES_MAX = 1 << 20
+STALE_MOUNTS_MAX = 16
 
 
 def read_ahead(mountpoint: str) -> None:
@@ -23,11 +24,12 @@ def read_ahead(mountpoint: str) -> None:
 
 
 def unmount_stale(mountpoint: str) -> None:
-    """Remove the mount of a process that is gone: its folder answers ENOTCONN."""
-    try:
-        os.stat(mountpoint)
-    except OSError as error:
-        if error.errno != errno.ENOTCONN:
+    """Remove the mounts of processes that are gone, also several on top of each other.
+
+    Raises ReplicationError for one that stays.
+    """
+    for _ in range(STALE_MOUNTS_MAX):
+        if not is_stale(mountpoint):
             return
         try:
             subprocess.run(
@@ -38,3 +40,14 @@ def unmount_stale(mountpoint: str) -> None:
                 f"cannot remove the stale mount at {mountpoint}: {failure}",
                 hint=f"run: umount -l {mountpoint}",
             ) from failure
+
+
+def is_stale(mountpoint: str) -> bool:
+    """Whether nobody serves what is mounted there. Attributes would not tell: for a second the
+    kernel answers them itself.
+    """
+    try:
+        os.statvfs(mountpoint)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False

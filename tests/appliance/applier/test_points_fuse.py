@@ -208,9 +208,11 @@ def test_sigterm_unmounts_and_a_killed_mount_is_replaced(
     assert mount.end(signal.SIGTERM) == 0
     assert not os.path.ismount(mount.folder)
     mount.start()
+    assert os.stat(mount.folder)
     mount.end(signal.SIGKILL)
     mount.start()
     assert (points_of(mount)[2] / "disk1.img").read_bytes() == machine.images[2][1]
+    assert Path("/proc/mounts").read_text().count(f" {mount.folder} ") == 1
 
 
 def test_root_reads_what_another_user_serves_if_that_is_said_and_nobody_else_does(
