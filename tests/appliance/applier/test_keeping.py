@@ -1,11 +1,13 @@
 """What differs from the source, and what rots in the store, is found and mended by the source."""
 
+import asyncio
 import os
 import threading
 from collections.abc import Collection, Sequence
 
 import pytest
 
+from appliance.applier import keeping
 from appliance.applier.arrivals import Arrivals
 from appliance.applier.store import ReaderStore
 from replication.block_set import BLOCK_BYTES
@@ -207,6 +209,26 @@ async def test_rotten_byte_is_found_by_the_scrub_and_repaired(site: Site, place:
         repaired = await send(site, source, repaired=watermark.repair.request)
         await site.until(source, lambda found: not found.repair.runs)
     site.check(source, repaired)
+
+
+async def test_no_scrub_before_there_is_a_point(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "IDLE_SECONDS", 0.05)
+    source = a_source()
+    async with site.applier(source, **QUICK_SCRUB) as service:
+
+        def scrubbed_bytes() -> float:
+            labels = {"machine": "web"}
+            name = "understudy_applier_scrubbed_bytes_total"
+            return service.registry.get_sample_value(name, labels) or 0.0
+
+        await send(site, source, consistency=Consistency.NONE)
+        await asyncio.sleep(20 * keeping.IDLE_SECONDS)
+        assert scrubbed_bytes() == 0
+        source.write(1, 2, b"y" * BLOCK_BYTES)
+        await send(site, source)
+        await until(lambda: scrubbed_bytes() > 0)
 
 
 async def test_rotten_byte_is_found_by_the_audit(site: Site) -> None:
