@@ -242,7 +242,8 @@ class ControlClient(Generic[A]):
         failures = 0
         while True:
             try:
-                newer = await self._ask_assignment()
+                # After a failure an answer is wanted at once: with it the trouble is over.
+                newer = await self._ask_assignment(0 if failures else self._config.wait_seconds)
                 if newer is not None:
                     newer = await asyncio.to_thread(self._memory.take, newer)
             except ReplicationError as error:
@@ -257,8 +258,7 @@ class ControlClient(Generic[A]):
                 changed, self._changed = self._changed, asyncio.Event()
                 changed.set()
 
-    async def _ask_assignment(self) -> A | None:
-        wait_seconds = self._config.wait_seconds
+    async def _ask_assignment(self, wait_seconds: float) -> A | None:
         query = {"after": str(self.version), "wait_seconds": f"{wait_seconds:g}"}
         seconds_max = wait_seconds + POLL_GRACE_SECONDS
         answer = await self._connected.ask(
