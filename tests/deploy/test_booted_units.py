@@ -1,0 +1,227 @@
+"""The units on a host that systemd has booted, set up as docs/OPERATIONS.md says: their sandboxes
+leave them what they need, and whatever of them is killed comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from agents.mobility.tracker.pins import remove_machine
+from tests.deploy.booted_host import INSTALLED, BootedHost, booted_host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+UNITS = ("config-server", "azure-emu", "applier", "process-server", "compute", "agent")
+"""In the order of their first start."""
+
+OWN_USER = ("config-server", "azure-emu", "applier", "process-server")
+WAIT_SECONDS = 180
+EXAMPLES = f"{INSTALLED}/deploy/systemd/examples"
+PLAN = """name: small
+groups:
+  - name: one
+    machines: [data-01]
+    after:
+      - name: note
+        script: {command: note, seconds_max: 60}
+"""
+NOTE = """#!/bin/sh
+grep -q '"RecoveryPlanName"' && id -un && touch /tmp/noted && echo noted
+"""
+
+UNITS_AND_USERS = f"""
+cd {INSTALLED}
+install -m 644 deploy/systemd/understudy.sysusers.conf /usr/lib/sysusers.d/understudy.conf
+systemd-sysusers
+install -m 644 deploy/systemd/*.service /etc/systemd/system/
+install -d -m 755 /etc/understudy
+install -d /etc/systemd/system/understudy-applier.service.d
+cp {EXAMPLES}/points.conf /etc/systemd/system/understudy-applier.service.d
+"""
+STORAGE = """
+cd /root
+understudy pki init ca
+understudy pki issue ca --out cache --server 127.0.0.1
+umask 077
+head -c 64 /dev/urandom | base64 -w0 >account.key
+at=127.0.0.1
+echo "DefaultEndpointsProtocol=https;AccountName=understudycache;AccountKey=$(cat account.key);\
+BlobEndpoint=https://$at:10000/understudycache;QueueEndpoint=https://$at:10001/understudycache;" \
+    >cache.connection
+for part in process-server applier azure-emu; do
+    install -d -m 700 -o understudy-$part -g understudy-$part /etc/understudy/$part
+done
+for part in process-server applier; do
+    install -m 600 -o understudy-$part cache.connection cache/ca.pem /etc/understudy/$part
+    mkdir -p -m 755 /etc/systemd/system/understudy-$part.service.d
+    echo "[Service]
+Environment=SSL_CERT_FILE=/etc/understudy/$part/ca.pem" \
+        >/etc/systemd/system/understudy-$part.service.d/ca.conf
+done
+install -m 600 -o understudy-azure-emu account.key cache/certificate.pem cache/key.pem \
+    /etc/understudy/azure-emu
+head -c 32 /dev/urandom | base64 >/etc/understudy/config-server.unlock
+chown understudy-config-server: /etc/understudy/config-server.unlock
+systemctl daemon-reload
+"""
+
+
+def uncommented(text: str) -> str:
+    return re.sub(
+        r"^# (names|\[control\]|config_server|identity_folder|points_)",
+        r"\1",
+        text,
+        flags=re.MULTILINE,
+    )
+
+
+def without(text: str, section: str) -> str:
+    """A configuration without that section."""
+    return re.sub(rf"^{re.escape(section)}\n(?:.+\n)*", "", text, flags=re.MULTILINE)
+
+
+def controlled(name: str, text: str) -> str:
+    """An example as the page says that it becomes one of a config server on this host."""
+    if name == "config-server":
+        text = text.replace('["appliance.example"]', '["appliance.example", "config.example"]')
+        return text + '\n[recovery]\nscripts_folder = "/etc/understudy/scripts"\n'
+    if name == "process-server":
+        text = without(re.sub(r"^machines.*\n", "", uncommented(text), flags=re.MULTILINE), "[tls]")
+        return text.replace("68719476736", "268435456")
+    if name == "applier":
+        return without(uncommented(text), "[[machines]]")
+    return text.replace("192.0.2.10", "127.0.0.1")
+
+
+def put(host: BootedHost, path: str, text: str, *, mode: str = "600", owner: str = "root") -> None:
+    host.run("install", "-m", mode, "-o", owner, "/dev/stdin", path, given=text)
+
+
+def machines(host: BootedHost) -> dict[str, Any]:
+    (found,) = json.loads(host.run("understudy", "machines", "--json"))
+    assert isinstance(found, dict)
+    return found
+
+
+def newest(host: BootedHost) -> str:
+    """The name of the newest recovery point in the folder of points."""
+    return host.shell("readlink /var/lib/understudy/points/data-01/latest || true").strip()
+
+
+def until(host: BootedHost, holds: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + WAIT_SECONDS
+    while not holds():
+        if time.monotonic() > end:
+            told = host.run("understudy", "health", check=False)
+            pytest.fail(f"{what}\n{told}\n{host.journal('understudy-*')[-8000:]}")
+        time.sleep(0.5)
+
+
+def pid_of(host: BootedHost, name: str) -> str:
+    shown = host.run("systemctl", "show", "-p", "MainPID,ActiveState", f"understudy-{name}")
+    values = dict(line.split("=", 1) for line in shown.split())
+    return values["MainPID"] if values["ActiveState"] == "active" else ""
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedHost]:
+    """All units run, data-01 is enrolled, an operator is signed in."""
+    with booted_host(tmp_path_factory.mktemp("booted")) as host:
+        host.shell(UNITS_AND_USERS)
+        host.shell(STORAGE)
+        for name in UNITS:
+            example = "agent-controlled" if name == "agent" else name
+            text = controlled(name, host.run("cat", f"{EXAMPLES}/{example}.toml"))
+            owner = f"understudy-{name}" if name in OWN_USER else "root"
+            put(host, f"/etc/understudy/{name}.toml", text, owner=owner)
+        host.run("install", "-d", "-m", "755", "/etc/understudy/scripts")
+        put(host, "/etc/understudy/scripts/note", NOTE, mode="755")
+        host.run("mkfs.ext4", "-q", host.disk)
+        host.shell(f"mkdir /srv/data && mount {host.disk} /srv/data && date >/srv/data/date")
+
+        server = ("understudy-config-server", "--config", "/etc/understudy/config-server.toml")
+        for name in UNITS:
+            config = f"/etc/understudy/{name}.toml"
+            if name not in ("config-server", "azure-emu"):
+                whose = () if name == "agent" else ("--for", "appliance")
+                host.run(
+                    *(f"understudy-{name}", "--config", config, "enrol", "--name"),
+                    *("data-01" if name == "agent" else "here", "--passphrase-file", "-"),
+                    given=host.run(*server, "passphrase", *whose).split()[-1],
+                )
+            started = host.run("systemctl", "enable", "--now", f"understudy-{name}", check=False)
+            assert pid_of(host, name), f"{started}{host.journal(f'understudy-{name}')}"
+        host.environment = {
+            "UNDERSTUDY_URL": "https://config.example",
+            "UNDERSTUDY_CA": "/var/lib/understudy/identity/ca.pem",
+            "UNDERSTUDY_TOKEN": host.run(
+                *("runuser", "-u", "understudy-config-server", "--", *server),
+                *("token", "create", "ops", "--role", "contributor", "--days", "1"),
+            ).split()[-1],
+        }
+        machine = machines(host)["id"]
+        try:
+            yield host
+        finally:
+            host.run("systemctl", "stop", "understudy-agent", check=False)
+            remove_machine(uuid.UUID(machine))
+
+
+def test_a_machine_is_protected_and_tried_and_what_is_killed_comes_back(host: BootedHost) -> None:
+    host.run("understudy", "policies", "create", "gold")
+    host.run("understudy", "protect", "data-01", "--policy", "gold", "--disk", host.disk, "--wait")
+    assert "tracker ebpf" in host.run("understudy", "agent", "status")
+    assert newest(host)
+
+    a_plan_with_a_script_passes(host)
+    a_compute_node_that_restarts_keeps_its_virtual_machine(host)
+    all_that_is_killed_comes_back_and_replicates(host)
+
+
+def a_plan_with_a_script_passes(host: BootedHost) -> None:
+    put(host, "/root/plan.yaml", PLAN)
+    host.run("understudy", "plans", "import", "/root/plan.yaml")
+    host.run("understudy", "plans", "test", "small", "--wait")
+    (run,) = json.loads(host.run("understudy", "plans", "runs", "small", "--json"))
+    assert "noted" in host.run("understudy", "plans", "runs", "small", "--run", run["id"], "--json")
+
+
+def a_compute_node_that_restarts_keeps_its_virtual_machine(host: BootedHost) -> None:
+    def virtual_machines() -> list[str]:
+        return host.run("pgrep", "qemu-system-x86", check=False).split()
+
+    before = virtual_machines()
+    assert len(before) == 1
+    host.run("systemctl", "restart", "understudy-compute")
+    assert virtual_machines() == before
+    host.run("understudy", "plans", "cleanup", "small", "--wait")
+    assert virtual_machines() == []
+
+
+def all_that_is_killed_comes_back_and_replicates(host: BootedHost) -> None:
+    before = {name: pid_of(host, name) for name in UNITS}
+
+    def is_back(name: str) -> bool:
+        return pid_of(host, name) not in ("", before[name])
+
+    for name in UNITS:
+        host.run("systemctl", "kill", "--signal=KILL", "--kill-whom=main", f"understudy-{name}")
+    until(host, lambda: all(is_back(name) for name in UNITS), "not all come back")
+    until(host, lambda: newest(host), "no points are served")
+    last = newest(host)
+    host.shell("date >/srv/data/again; sync")
+    until(host, lambda: newest(host) > last, "no newer recovery point")
+    mounts = host.run("cat", "/proc/mounts")
+    assert mounts.count(" /var/lib/understudy/points ") == 1
+    until(
+        host,
+        lambda: "not well" not in host.run("understudy", "health", check=False),
+        "away for long",
+    )
