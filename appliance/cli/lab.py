@@ -7,6 +7,6 @@ import typer
 
 
 def lab(context: typer.Context) -> None:
-    """Run the lab on this machine: `up`, `down`, `status` (see `understudy lab up --help`)."""
+    """Rehearse on this machine: `up`, `vm`, `down`, `status`."""
     command = [sys.executable, "-m", "deploy.lab", *context.args]
     os.execv(sys.executable, command)  # noqa: S606 - our own module, no shell

@@ -1,11 +1,14 @@
-"""``python -m deploy.lab up|down|status``; people type ``understudy lab …``."""
+"""``python -m deploy.lab up|vm|down|status``; people type ``understudy lab …``."""
 
-import argparse
+import contextlib
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
 from daemon.service import fail
@@ -20,40 +23,90 @@ LOAD_SECONDS_DEFAULT = 15.0
 PIPE_WIDTH = 120
 
 
+app = typer.Typer(
+    name="understudy lab",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def lab(
+    context: typer.Context,
+    *,
+    folder: Annotated[str, typer.Option(help="Where the lab lives.")] = FOLDER_DEFAULT,
+    port_base: Annotated[
+        int, typer.Option(metavar="PORT", min=1024, max=65_436, help="The first of 100 ports.")
+    ] = Ports().base,
+) -> None:
+    """A rehearsal on this machine: guests, both sites and all that is between them."""
+    context.obj = Stack(Layout(folder, Ports(port_base)))
+
+
+@app.command()
+def up(
+    context: typer.Context,
+    *,
+    load_seconds: Annotated[
+        float, typer.Option(metavar="S", min=0, help="How long the workloads run.")
+    ] = LOAD_SECONDS_DEFAULT,
+) -> None:
+    """Bring everything up, prove it, and leave it running. It goes on where it stopped."""
+    with _stays(context.obj):
+        _up(context.obj, load_seconds)
+
+
+@app.command()
+def vm(context: typer.Context) -> None:
+    """The source as a virtual machine, with the mobility agent inside it."""
+    with _stays(context.obj):
+        _vm(context.obj)
+
+
+@app.command()
+def down(context: typer.Context) -> None:
+    """Remove every trace."""
+    VmLab(context.obj.layout).stop()
+    _down(context.obj)
+
+
+@app.command()
+def status(
+    context: typer.Context,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What runs, and how far each machine is."""
+    _status(context.obj, as_json=as_json)
+
+
 def main() -> int:
     """Run one command; 0, or 1 with the reason when something does not hold."""
-    parser = argparse.ArgumentParser(prog="understudy lab", description=__doc__)
-    parser.add_argument("--folder", default=FOLDER_DEFAULT, help="where the lab lives")
-    parser.add_argument("--port-base", type=int, default=Ports().base, help="first of 100 ports")
-    actions = parser.add_subparsers(dest="action", required=True)
-    up = actions.add_parser("up", help="bring everything up and prove it")
-    up.add_argument("--load-seconds", type=float, default=LOAD_SECONDS_DEFAULT)
-    actions.add_parser("vm", help="the source as a virtual machine, the agent inside it")
-    actions.add_parser("down", help="remove every trace")
-    status = actions.add_parser("status", help="what runs, and how far each machine is")
-    status.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    stack = Stack(Layout(options.folder, Ports(options.port_base)))
     try:
-        match options.action:
-            case "up":
-                _up(stack, options.load_seconds)
-            case "vm":
-                _vm(stack)
-            case "down":
-                VmLab(stack.layout).stop()
-                _down(stack)
-            case "status":
-                _status(stack, as_json=options.json)
+        app(prog_name="understudy lab")
     except ReplicationError as error:
         fail(error)
-        if options.action in ("up", "vm") and os.path.exists(stack.layout.root):
-            sys.stderr.write(
-                "The lab stays as it was when this failed: the same command goes on from there, "
-                "`make lab-down` removes every trace.\n"
-            )
+        for note in getattr(error, "__notes__", ()):
+            sys.stderr.write(f"{note}\n")
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _stays(stack: Stack) -> Iterator[None]:
+    """Say what becomes of a lab that did not come up."""
+    try:
+        yield
+    except ReplicationError as error:
+        if os.path.exists(stack.layout.root):
+            error.add_note(
+                "The lab stays as it was when this failed: the same command goes on from there, "
+                "`make lab-down` removes every trace."
+            )
+        raise
 
 
 def _console() -> Console:

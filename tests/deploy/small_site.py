@@ -68,7 +68,11 @@ class SmallSite:
 
     def _seeded(self) -> bool:
         news = [self.stack.news(name) for name in self.names]
-        return all(one is not None and one.seeded for one in news) and all(
+        if not all(one is not None and one.seeded for one in news):
+            return False
+        with self.operator() as api:
+            states = {one["state"] for one in api.items("/machines")}
+        return states == {"protected"} and all(
             list_points(self.layout, name) for name in self.names
         )
 
