@@ -34,6 +34,9 @@ REASON_CHARACTERS_MAX = 200
 TELL_AGAIN_SECONDS = 3600.0
 """After this one that has not changed is told again: a config server may have been put back."""
 
+FIRST_SECONDS = 3.0
+"""Between two looks at a machine that has no recovery point yet: people wait for the first one."""
+
 PAUSE_SECONDS = 0.05
 """Between two lists: a config server takes so many requests a second from one source."""
 
@@ -98,27 +101,30 @@ class PointTeller:
         machines: Callable[[], Collection[uuid.UUID]],
         seconds: float,
     ) -> None:
-        """machines: those that have points here; seconds: between two looks."""
+        """machines: those that have a store here; seconds: between two looks at one with points."""
         self._control = control
         self._root = root
         self._machines = machines
         self._seconds = seconds
         self._told: dict[uuid.UUID, tuple[bytes, float]] = {}
+        self._look_at: dict[uuid.UUID, float] = {}
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             machines = self._machines()
             self._told = {one: told for one, told in self._told.items() if one in machines}
+            self._look_at = {one: at for one, at in self._look_at.items() if one in machines}
             try:
                 for machine in sorted(machines):
-                    await self._tell(machine)
+                    if time.monotonic() >= self._look_at.get(machine, 0.0):
+                        await self._tell(machine)
             except UnavailableError as error:
                 _log.debug("lists of points wait", reason=str(error))
-            await asyncio.sleep(self._seconds)
+            await asyncio.sleep(min(self._seconds, FIRST_SECONDS))
 
     async def _tell(self, machine: uuid.UUID) -> None:
-        """Raises UnavailableError while the config server is away."""
+        """Raises UnavailableError while the config server is away: it is looked at again soon."""
         try:
             made = await asyncio.to_thread(read_list, self._root, machine)
         except (ReplicationError, OSError) as error:  # of which the health tells
@@ -126,7 +132,9 @@ class PointTeller:
             return
         digest = xxhash.xxh3_128_digest(made.model_dump_json().encode())
         before, again_at = self._told.get(machine, (b"", 0.0))
+        look_at = time.monotonic() + (self._seconds if made.points else 0.0)
         if digest == before and time.monotonic() < again_at:
+            self._look_at[machine] = look_at
             return
         try:
             await self._control.put_points(made)
@@ -134,8 +142,10 @@ class PointTeller:
             raise
         except ReplicationError as error:
             _log.debug("list of points not taken", machine=str(machine), reason=str(error))
+            look_at = time.monotonic() + self._seconds
         else:
             self._told[machine] = (digest, time.monotonic() + TELL_AGAIN_SECONDS)
+        self._look_at[machine] = look_at
         await asyncio.sleep(PAUSE_SECONDS)
 
 

@@ -241,3 +241,22 @@ def shorten(site: Site, source: Source) -> None:
     """As if the hour had passed: the lock is written down anew with a time in the past."""
     with MachineStore.open(str(site.store), source.machine) as store:
         store.holds.replace([replace(held, until_ns=1) for held in store.holds.holds])
+
+
+async def test_the_first_point_is_told_at_once_and_others_when_it_is_time(
+    site: Site, orders: Orders, spawn: Callable[[], ApplierProcess]
+) -> None:
+    source = a_source(1 << 20)
+    known(orders, source)
+    process = spawn()
+    config = site.folder / "controlled.toml"
+    config.write_text(config.read_text().replace("points_seconds = 0.2", "points_seconds = 3600"))
+    with mounted(process, site):
+        await orders.assign(NODE, told(1, named(source, "web")))
+        await until(lambda: store_of(orders, source))
+        await put(site, source)
+        await until(lambda: len(listed(orders, source)) == 1)
+        await put(site, source)
+        await site.until_applied(source, Stamp(1, 2))
+        await asyncio.sleep(4)
+        assert len(listed(orders, source)) == 1
