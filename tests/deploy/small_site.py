@@ -4,12 +4,15 @@ import contextlib
 import random
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from appliance.cli.api_client import ApiClient
-from deploy.lab.layout import Layout, Ports
+from appliance.config_server.discovery.target import Target, Verify
+from appliance.config_server.discovery.vcenter import Session
+from deploy.lab.layout import VCENTER_USER, Layout, Ports
 from deploy.lab.process import Background
 from deploy.lab.proof import list_points
 from deploy.lab.stack import Stack, wait_for
@@ -80,6 +83,33 @@ class SmallSite:
     def operator(self) -> Iterator[ApiClient]:
         with ApiClient(self.stack.operator.sign_in()) as api:
             yield api
+
+    def switch_on(self, name: str) -> None:
+        """In the vCenter, as people do it after a failover that was cancelled; then points come."""
+        before = list_points(self.layout, name)[-1].name
+        with self.operator() as api:
+            (row,) = [row for row in api.items("/vms") if row["name"] == name]
+        password = Path(self.layout.path("keys", "vcenter.password")).read_text().strip()
+        target = Target(
+            id=uuid.uuid4(),
+            name="lab",
+            url=f"https://127.0.0.1:{self.layout.ports.vcenter}",
+            username=VCENTER_USER,
+            password=password,
+            verify=Verify.CA,
+            ca_pem=Path(self.layout.path("vsphere", "vcenter", "ca.pem")).read_text(),
+            revision=0,
+        )
+        session = Session(target)
+        try:
+            session.virtual_machine(row["moid"]).PowerOnVM_Task()
+        finally:
+            session.close()
+        wait_for(
+            f"a point of {name} after it was switched on",
+            lambda: list_points(self.layout, name)[-1].name > before,
+            SEEDED_SECONDS_MAX,
+        )
 
     def down(self) -> None:
         """Every trace goes."""

@@ -206,6 +206,7 @@ def rounds(site: SmallSite, seed: int) -> int:
                 assert moved["rpo_seconds"] == 0
             kills += do(site, api, seed + 3, f"/failovers/{moved['id']}/cancel", {})
             nothing_is_left(site, moved)
+            site.switch_on(name)
         assert not api.items("/failovers", {"open": True})
     return kills
 
