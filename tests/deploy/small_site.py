@@ -86,7 +86,8 @@ class SmallSite:
 
     def switch_on(self, name: str) -> None:
         """In the vCenter, as people do it after a failover that was cancelled; then points come."""
-        before = list_points(self.layout, name)[-1].name
+        wait_for(f"points of {name}", lambda: self._newest(name), SEEDED_SECONDS_MAX)
+        before = self._newest(name)
         with self.operator() as api:
             (row,) = [row for row in api.items("/vms") if row["name"] == name]
         password = Path(self.layout.path("keys", "vcenter.password")).read_text().strip()
@@ -107,9 +108,13 @@ class SmallSite:
             session.close()
         wait_for(
             f"a point of {name} after it was switched on",
-            lambda: list_points(self.layout, name)[-1].name > before,
+            lambda: self._newest(name) > before,
             SEEDED_SECONDS_MAX,
         )
+
+    def _newest(self, name: str) -> str:
+        """The name of its newest recovery point; empty while none is served."""
+        return max((point.name for point in list_points(self.layout, name)), default="")
 
     def down(self) -> None:
         """Every trace goes."""
