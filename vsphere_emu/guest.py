@@ -178,8 +178,10 @@ class Guest:
         """Take away every process, mount, loop device and folder, whatever state they are in.
 
         Frozen file systems are thawed; what others hold open goes when they let go. With
-        ``delete_disks`` the VMDKs go too.
+        ``delete_disks`` the VMDKs go too. Raises StorageError for a disk that stays attached; all
+        else is gone then.
         """
+        held: list[StorageError] = []
         with self._alone():
             self._stop_workload()
             for one in reversed(block_device.mounts()):
@@ -187,7 +189,10 @@ class Guest:
                     block_device.unmount_by_force(one.point)
             for disk in self.config.disks:
                 path = self.vmdk_path(disk)
-                block_device.detach(self._datastore.flat_path(path))
+                try:
+                    block_device.detach(self._datastore.flat_path(path))
+                except StorageError as error:
+                    held.append(error)
                 if delete_disks:
                     self._datastore.delete(path)
             if delete_disks:
@@ -204,6 +209,8 @@ class Guest:
         for folder in (os.path.dirname(self.folder), self._run_folder, self.root_folder):
             with contextlib.suppress(OSError):  # others' things are still there
                 os.rmdir(folder)
+        if held:
+            raise held[0]
 
     def _delete_vcenter_files(self) -> None:
         """What the emulated vCenter writes beside the disks."""

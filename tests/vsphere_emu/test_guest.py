@@ -147,6 +147,27 @@ def test_remove_finds_loop_devices_of_deleted_files(make_guest: MakeGuest) -> No
     assert_no_trace(guest, flats)
 
 
+def test_remove_takes_away_all_but_the_disk_that_is_held_open(
+    make_guest: MakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_device, "BUSY_SECONDS_MAX", 0.5)
+    guest = make_guest(name="web-01", disks=[disk("none"), disk("ext4", name="second")])
+    guest.power_on()
+    first, second = flat_paths(guest)
+    device = guest.status().disks[0].device
+    assert device is not None
+    with (
+        Path(device).open("rb"),
+        pytest.raises(StorageError, match=f"{device} over .* is still open"),
+    ):
+        guest.remove_all_traces(delete_disks=True)
+    assert block_device.loops_of(second) == ()
+    assert not Path(first).exists()
+    assert not Path(guest.folder).exists()
+    guest.remove_all_traces(delete_disks=True)
+    assert block_device.loops_of(first) == ()
+
+
 def test_holder_of_a_mount_is_named(make_guest: MakeGuest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_device, "BUSY_SECONDS_MAX", 0.5)
     guest = make_guest(name="web-01", disks=[disk("ext4")])
