@@ -140,12 +140,13 @@ def _load(load: Load, thresholds: Thresholds) -> Iterator[Reason]:
     if load.cpu_share is not None:
         severity = thresholds.cpu_share.above(load.cpu_share)
         if severity:
-            yield reason(Code.CPU_HIGH, severity, f"CPU use is {_percent(load.cpu_share)}")
+            told = f"its host's CPU use is {_percent(load.cpu_share)}"
+            yield reason(Code.CPU_HIGH, severity, told)
     if load.memory_bytes:
         share = load.memory_used_bytes / load.memory_bytes
         severity = thresholds.memory_share.above(share)
         if severity:
-            yield reason(Code.MEMORY_HIGH, severity, f"memory use is {_percent(share)}")
+            yield reason(Code.MEMORY_HIGH, severity, f"its host's memory use is {_percent(share)}")
 
 
 def spool_free_share(report: ProcessServerReport) -> float | None:

@@ -46,7 +46,7 @@ async def test_health_of_everything(tmp_path: Path) -> None:
         assert (machine["point_count"], machine["space_bytes"]) == (3, 10 << 30)
         (reason,) = told["unwell"][0]["health"]["reasons"]
         assert reason["code"] == "cpu-high"
-        assert reason["message"] == "CPU use is 97 %"
+        assert reason["message"] == "its host's CPU use is 97 %"
         assert reason["cause"]
         assert reason["action"]
 
