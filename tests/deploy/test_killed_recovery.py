@@ -219,4 +219,4 @@ def test_failovers_end_once_whatever_dies(site: SmallSite) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(4 * SITE_SECONDS_MAX)
 def test_many_failovers_end_once_whatever_dies(site: SmallSite) -> None:
-    assert sum(rounds(site, seed) for seed in range(10, 80, 10)) >= 60
+    assert sum(rounds(site, seed) for seed in range(10, 100, 10)) >= 60
