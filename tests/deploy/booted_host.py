@@ -34,6 +34,20 @@ ALLOWED_CALLS = (
 )
 """The container keeps these from its programs; a machine's kernel does not."""
 
+ALONE = """
+for path in $groups; do echo $$ >"$path/cgroup.procs"; done
+awk '{ print $5 }' /proc/self/mountinfo | tac | while read -r place; do
+    case $place in
+        / | /proc | /proc/* | /sys | /sys/* | /dev | /dev/* | /run | "$folder"/*) ;;
+        *) umount --lazy "$(printf %b "$place")" ;;
+    esac
+done
+exec "$@"
+"""
+"""A container keeps what is mounted when it starts, unseen, as long as it lives: whatever else runs
+here could not let go of its loop devices and network namespaces. So it starts where it sees none.
+"""
+
 PATH = f"{INSTALLED}/.venv/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -192,14 +206,14 @@ def _container(root: Path, disk: str) -> Iterator[subprocess.Popen[bytes]]:
     assert group, "no control group of systemd's at /sys/fs/cgroup"
     for path in group:
         path.mkdir()
-    entered = "; ".join(f"echo $$ > {path}/cgroup.procs" for path in group)
     command = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--boot"]
     command += [f"--directory={root}", f"--machine={name}", "--console=pipe", "--private-network"]
     command += ["--capability=all", f"--system-call-filter={ALLOWED_CALLS}"]
     command += [f"--bind={path}" for path in (*DEVICES, disk, "/sys/fs/bpf")]
     with (root.parent / "console").open("wb") as console:
         container = subprocess.Popen(
-            ["sh", "-c", f'{entered}; exec "$@"', "sh", *command],
+            ["unshare", "--mount", "--propagation=slave", "sh", "-c", ALONE, "sh", *command],
+            env={**os.environ, "groups": " ".join(map(str, group)), "folder": str(root.parent)},
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=console,

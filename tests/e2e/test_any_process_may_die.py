@@ -17,6 +17,9 @@ from tests.e2e.rig import Rig
 
 _MIB = 1 << 20
 WAYS_TO_KILL = 5
+NAME_ALONE = "it is listed and cannot be read"
+"""What the applier says of a manifest of which Azurite, killed, has kept the name and not the rest;
+it is asked for again."""
 
 
 class Heads:
