@@ -195,9 +195,13 @@ class Catalogue:
         with self._transaction():
             self._run("UPDATE machine SET folding_to = ?", position)
 
-    def folded(self, layer: LayerRow, damages: Sequence[Damage]) -> None:
-        """The base is at the layer's last position; the layer and older points are gone."""
+    def folded(self, layer: LayerRow, damages: Sequence[Damage], gone: Sequence[Damage]) -> None:
+        """The base is at the layer's last position; the layer and older points are gone, and so are
+        the damages in the base that it has overwritten.
+        """
         with self._transaction():
+            for damage in gone:
+                self._delete_damage(damage.file, damage.offset)
             self._run("UPDATE machine SET base_position = ?, folding_to = NULL", layer.last)
             self._run("DELETE FROM damage WHERE file = ?", layer.file)
             self._run("DELETE FROM layer WHERE first = ?", layer.first)
@@ -221,7 +225,10 @@ class Catalogue:
 
     def remove_damage(self, file: str, offset: int) -> None:
         with self._transaction():
-            self._run("DELETE FROM damage WHERE file = ? AND offset = ?", file, offset)
+            self._delete_damage(file, offset)
+
+    def _delete_damage(self, file: str, offset: int) -> None:
+        self._run("DELETE FROM damage WHERE file = ? AND offset = ?", file, offset)
 
     def _insert_layer(self, layer: LayerRow) -> None:
         self._run(

@@ -8,7 +8,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from appliance.applier.store.base_image import BaseImage, base_folder
+from appliance.applier.store.extents import key_of
 from appliance.applier.store.merge import COPY_BLOCKS, batches, read_batch
 from appliance.applier.store.model import Damage
 from replication.block_set import BLOCK_BYTES
@@ -40,6 +43,27 @@ def fold_layer(layer: Layer, machine_folder: str) -> list[Damage]:
     return damages
 
 
+def overwritten(layer: Layer, damages: Sequence[Damage]) -> list[Damage]:
+    """Those of ``damages`` that are in the base where the layer has blocks of its own: once it is
+    folded they are no more, and what they expected there would be wrong.
+    """
+    of_base = [damage for damage in damages if damage.file == _file_of(damage.disk)]
+    if not of_base:
+        return []
+    extents = layer.extents()
+    found = []
+    for damage in of_base:
+        key = key_of(damage.disk, damage.block)
+        at = int(np.searchsorted(extents.start, key, "right")) - 1
+        if at >= 0 and key < extents.end[at]:
+            found.append(damage)
+    return found
+
+
+def _file_of(disk: int) -> str:
+    return f"disks/{disk}/base.img"
+
+
 def _fold_disk(
     layer: Layer, extents: Extents, digests: memoryview, base: BaseImage, disk: int
 ) -> list[Damage]:
@@ -60,7 +84,7 @@ def _fold_disk(
             Damage(
                 disk,
                 block,
-                f"disks/{disk}/base.img",
+                _file_of(disk),
                 block * BLOCK_BYTES,
                 wanted,
                 time.time_ns(),

@@ -15,7 +15,7 @@ from appliance.applier.store.adoption import LayerName, best_way
 from appliance.applier.store.base_image import base_sizes, check_bases
 from appliance.applier.store.base_record import BaseRecord
 from appliance.applier.store.catalogue import REBUILD_HINT, Catalogue, Chain
-from appliance.applier.store.fold import fold_layer
+from appliance.applier.store.fold import fold_layer, overwritten
 from appliance.applier.store.holds import read_holds
 from appliance.applier.store.layer_reader import Layer
 from appliance.applier.store.model import Damage, LayerRow, Point
@@ -137,10 +137,11 @@ def finish_fold(folder: str, catalogue: Catalogue, row: LayerRow) -> None:
         raise IntegrityError(f"the store lacks {path}", hint="resync the machine") from error
     with layer:
         BaseRecord(chain.machine, chain.name, base, row.last, sizes).write(folder)
+        gone = overwritten(layer, catalogue.damages())
         damages = fold_layer(layer, folder)
         sizes = base_sizes(folder, (shape.index for shape in layer.header.disks))
     BaseRecord(chain.machine, chain.name, point, None, sizes).write(folder)
-    catalogue.folded(row, damages)
+    catalogue.folded(row, damages, gone)
     _unlink(path)
 
 

@@ -90,6 +90,41 @@ def test_a_flip_outlives_merging_and_folding_and_can_still_be_healed(
         assert_equals_images(store, machine)
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_what_was_rotten_in_the_base_is_not_healed_over_what_a_fold_has_put_there(
+    machine: RecordedMachine, *, zeros: bool
+) -> None:
+    with machine.open() as store:
+        store.fold_to(5)
+        flip(Path(store.folder, "disks/0/base.img"), 7 * BLOCK)
+        assert [damage.block for damage in store.verify()] == [7]
+        second = put(machine, store, b"" if zeros else b"\x66" * BLOCK)
+        store.fold_to(second)
+        assert store.damages() == []
+        put(machine, store, b"\x55" * BLOCK)  # as it was
+        assert store.heal(0, 7, b"\x55" * BLOCK) == 0
+        assert store.verify(second) == []
+        assert_equals_images(store, machine)
+
+
+def put(machine: RecordedMachine, store: MachineStore, data: bytes) -> int:
+    """A changeset of block 7 alone; no data: zeros."""
+    image = bytearray(machine.images[machine.position][0])
+    image[7 * BLOCK : 8 * BLOCK] = data or bytes(BLOCK)
+    with store.begin() as writer:
+        if data:
+            writer.write(0, 7, 0, data)
+        else:
+            writer.zero(0, 7, 1, 0)
+        machine.number += 1
+        machine.images[machine.position + 1] = {0: bytes(image)}
+        bookmark = Bookmark(Stamp(1, machine.number), machine.number, Consistency.CRASH)
+        machine.position = writer.seal(
+            bookmark, machine.number - 1, machine.attempt, machine.shapes()
+        )
+    return machine.position
+
+
 @pytest.mark.parametrize("name", ["base.img", "base.digest"])
 def test_a_flip_in_the_base_is_refused_and_reported(machine: RecordedMachine, name: str) -> None:
     with machine.open() as store:
