@@ -191,15 +191,17 @@ class Replicator:
 
     async def _tick(self) -> None:
         now = time.monotonic()
-        if now >= self._clock.poll_at:
+        final = self._final if self._final is not None and self._final.is_due else None
+        if final is not None or now >= self._clock.poll_at:
             stream = await self._poll()
             position = self._state.position
             ours = Stamp(position.generation, position.committed)
             if stream.committed < ours or stream.watermark.lost:
                 await self._reconcile(stream)
         self._check_disks()
-        if self._final is not None and self._final.is_due:
-            return await self._final.carry_out()
+        if final is not None:
+            await self._take_up_repair()  # after the last changeset nobody could send it
+            return await final.carry_out() if final.is_due else None
         await self._take_up(self._order())
         if self._state.position.stage in (Stage.REQUIRED, Stage.COMPARING):
             return await self._resync.turn(self._stream, self._order())
@@ -311,9 +313,7 @@ class Replicator:
         """Take one changeset, send it, commit it."""
         began = time.monotonic()
         self._check_disks()
-        # A request that is too long to be told lacks its runs: only a resync brings them.
-        if self._stream is not None and not self._stream.watermark.lost:
-            await asyncio.to_thread(take_up_repair, self._state, self._stream.watermark.repair)
+        await self._take_up_repair()
 
         def capture(builder: SegmentBuilder, aborted: threading.Event) -> Capture:
             return Capture(
@@ -329,6 +329,11 @@ class Replicator:
         sent = await self._sender.send(capture)
         await self._learn(sent.told)
         self._schedule(began, sent.taken, app=app and sent.taken.whole)
+
+    async def _take_up_repair(self) -> None:
+        # A request that is too long to be told lacks its runs: only a resync brings them.
+        if self._stream is not None and not self._stream.watermark.lost:
+            await asyncio.to_thread(take_up_repair, self._state, self._stream.watermark.repair)
 
     async def _send_empty(self, reason: str) -> None:
         """Send and commit the changeset that begins a resync."""

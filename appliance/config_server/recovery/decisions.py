@@ -15,6 +15,7 @@ from replication.control.recovery import (
     VmReport,
     VmState,
 )
+from replication.control.report import StoreReport
 
 CHECK_MARGIN_SECONDS = 60
 """For the start of the VM and the way of its report, beside what the check itself may take."""
@@ -69,6 +70,30 @@ class Stamp:
 
     def __lt__(self, other: "Stamp") -> bool:
         return (self.generation, self.number) < (other.generation, other.number)
+
+
+def judge_store(
+    store: StoreReport | None, waited_ns: int, answer_ns: int, final: Stamp | None = None
+) -> Wait | Good | Bad:
+    """Whether the applier knows of nothing that is wrong in a machine's store: a planned failover's
+    point would have it, and its source could not send it any more.
+
+    final: the last changeset, if there is one: what that has not mended stays as it is.
+    """
+    if store is None or not (store.lost or store.open_repairs):
+        return Good()
+    noun = "run of blocks is" if store.open_repairs == 1 else "runs of blocks are"
+    why = f"{store.open_repairs} {noun} wrong there until the source sends them again"
+    if store.lost:
+        why = f"only a resync helps: {store.lost}"
+    is_applied = final is not None and not Stamp(store.generation, store.applied) < final
+    if is_applied or waited_ns > answer_ns:
+        return Bad(
+            "not_whole",
+            f"the second site does not have all of the machine: {why}",
+            "see the applier's health, then ask again; or fail over unplanned, to an older point",
+        )
+    return Wait(f"waits for repairs at the second site: {why}; {_seconds(answer_ns)} at most")
 
 
 @dataclass(frozen=True, slots=True)

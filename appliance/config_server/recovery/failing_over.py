@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from appliance.config_server.nodes.assignments import FINAL_SECONDS_MAX
 from appliance.config_server.protection.machines import next_final
-from appliance.config_server.protection.workflow import Done, Verdict, Waiting
+from appliance.config_server.protection.workflow import Done, Verdict, Waiting, store_of
 from appliance.config_server.recovery.decisions import (
     Bad,
     Good,
@@ -22,6 +22,7 @@ from appliance.config_server.recovery.decisions import (
     Wait,
     judge_disks,
     judge_hold,
+    judge_store,
     judge_vm,
     source_disks,
     vm_name,
@@ -36,7 +37,7 @@ from appliance.config_server.recovery.scene import Part, RecoveryScene
 from appliance.config_server.recovery.switching_off import THAW_HINT
 from appliance.config_server.store.recovery_tables import PointHold, RecoveredVm
 from replication.control.recovery import HeldPoint, PointChoice, VmPower
-from replication.control.report import MachineReport, ProcessServerReport
+from replication.control.report import MachineReport, ProcessServerReport, StoreReport
 
 _SECOND_NS = 10**9
 _FINAL_NS = int(FINAL_SECONDS_MAX * _SECOND_NS)
@@ -49,9 +50,19 @@ class FailoverSteps:
     answer_ns: int
 
     async def send_final(self, scene: RecoveryScene) -> Verdict:
-        """The agents let no more writes be acknowledged, and send what was written before."""
-        parts = scene.active()
-        new = [part for part in parts if part.failover.final == 0]
+        """The agents let no more writes be acknowledged, and send what was written before.
+
+        Not while something is known to be wrong at the second site: nobody could mend it later.
+        """
+
+        async def judge_before(part: Part) -> Wait | Good | Bad:
+            store = await _store_of(scene, part)
+            return judge_store(store, scene.waited_ns(), self.answer_ns)
+
+        verdict = await judge_each(scene, _without_final(scene), judge_before)
+        if isinstance(verdict, Waiting):
+            return verdict
+        parts, new = scene.active(), _without_final(scene)
         for part in new:
             heard = await scene.heard(part.machine.id)
             part.machine.final_order = part.failover.final = next_final(part.machine, heard)
@@ -62,15 +73,16 @@ class FailoverSteps:
 
         async def judge(part: Part) -> Wait | Good | Bad:
             row = part.failover
-            if row.final_number:
-                return Good()
             report = await scene.agent_of(part.machine.id)
-            if report is not None and report.final == row.final:
+            if not row.final_number and report is not None and report.final == row.final:
                 row.final_generation, row.final_number = (
                     report.final_generation,
                     report.final_number,
                 )
-                return Good()
+            if row.final_number:
+                final = Stamp(row.final_generation, row.final_number)
+                since_ns = scene.now_ns - row.final_ns
+                return judge_store(await _store_of(scene, part), since_ns, _FINAL_NS, final)
             if report is not None and report.final_reason:
                 return Bad("not_frozen", f"the agent cannot: {report.final_reason}", THAW_HINT)
             if scene.now_ns - row.final_ns > _FINAL_NS:
@@ -192,6 +204,17 @@ class FailoverSteps:
         if report is not None and not isinstance(found, Wait):
             vm.report = report.model_dump(mode="json")
         return found
+
+
+def _without_final(scene: RecoveryScene) -> list[Part]:
+    """Those whose agents are still to be given an order."""
+    return [part for part in scene.active() if part.failover.final == 0]
+
+
+async def _store_of(scene: RecoveryScene, part: Part) -> StoreReport | None:
+    """What its applier says of a machine's store."""
+    applier = part.machine.applier_id
+    return store_of(await scene.heard(applier) if applier else None, part.machine.id)
 
 
 async def make_vm(scene: RecoveryScene, part: Part, hold: PointHold) -> RecoveredVm:

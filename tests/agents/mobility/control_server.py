@@ -48,7 +48,7 @@ from replication.control.report import MachineReport, ReportAnswer
 from replication.envelope import AttemptKey
 from replication.manifest import Manifest, open_manifest
 from replication.stream import ATTEMPT_HEADER, Refusal, StreamState
-from replication.watermark import NO_ATTEMPT, Watermark
+from replication.watermark import NO_ATTEMPT, Repair, Watermark, WatermarkKey
 from tests.agents.mobility.replica import BLOCK, opened_frames
 
 DAY = dt.timedelta(days=1)
@@ -200,7 +200,10 @@ class ControlServer:
 
 
 class SecondSite:
-    """Takes a machine's changesets and applies them; ``images`` are its disks."""
+    """Takes a machine's changesets and applies them; ``images`` are its disks.
+
+    repair: what its applier asks for; none: there is no applier that tells of anything.
+    """
 
     def __init__(self, data_key: Callable[[], bytes], context: ssl.SSLContext) -> None:
         self._data_key = data_key
@@ -209,6 +212,7 @@ class SecondSite:
         self.manifests: list[Manifest] = []
         self.images: dict[int, bytearray] = {}
         self._refuses: Callable[[], bool] = lambda: False
+        self.repair: Repair | None = None
         app = web.Application(client_max_size=64 << 20)
         base = "/v1/machines/{machine}"
         app.router.add_get(f"{base}/state", self._state)
@@ -225,9 +229,11 @@ class SecondSite:
     async def _state(self, request: web.Request) -> web.Response:
         machine = uuid.UUID(request.match_info["machine"])
         newest = max((m.bookmark.time_ns for m in self.manifests), default=0)
-        state = StreamState(
-            self._committed, self._attempt, newest, time.time_ns(), Watermark(machine)
-        )
+        watermark = Watermark(machine)
+        if self.repair is not None:
+            told = Watermark(machine, self._committed, self._attempt, newest, repair=self.repair)
+            watermark = told.signed(WatermarkKey(self._data_key(), machine))
+        state = StreamState(self._committed, self._attempt, newest, time.time_ns(), watermark)
         return web.Response(body=state.to_bytes())
 
     async def _put(self, request: web.Request) -> web.Response:

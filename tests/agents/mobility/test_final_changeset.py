@@ -14,6 +14,7 @@ import pytest
 from agents.mobility.final_order import FINAL_FILE
 from replication.bookmark import Consistency
 from replication.control.report import MachineReport, Phase
+from replication.watermark import Repair, RepairRun
 from tests.agents.mobility.acknowledged import acknowledged, newest_of, writing
 from tests.agents.mobility.capture_rig import SIZES, Mount, mounter
 from tests.agents.mobility.conftest import LoopDisk, MakeLoopDisk
@@ -240,6 +241,30 @@ async def test_raw_disk_must_have_stood_still(rig: ControlRig, loop_disk: MakeLo
     report = await rig.reported("a write ends it", lambda told: told.final_reason)
     assert report.final == 0
     assert "was written to after the final changeset" in report.final_reason
+    await rig.stop()
+
+
+async def test_blocks_that_the_second_site_asks_for_are_in_it(
+    rig: ControlRig, loop_disk: MakeLoopDisk
+) -> None:
+    """Asked for a moment before the order: nobody could send them after the last changeset."""
+    loop = loop_disk(4 * MIB)
+    loop.write([5], b"s")
+    rig.configure(str(loop.image))
+    config = rig.config.read_text()
+    rig.config.write_text(config.replace("heartbeat_seconds = 0.5", "heartbeat_seconds = 600"))
+    rig.site.repair = Repair()
+    rig.protect(loop)
+    rig.start()
+    await rig.reported("it replicates", lambda told: told.phase is Phase.REPLICATING)
+    await rig.replicated(disk0=loop)
+    rig.site.images[0][5 * 4096 : 6 * 4096] = bytes(4096)  # rotten there
+    rig.site.repair = Repair(1, (RepairRun(0, 5, 1),))
+    rig.control.assign(final=1)
+    report = await rig.reported("it is held", lambda told: told.final == 1)
+    newest = rig.site.manifests[-1]
+    assert (report.final_number, newest.repaired) == (newest.stamp.number, 1)
+    assert bytes(rig.site.images[0]) == loop.image.read_bytes()
     await rig.stop()
 
 

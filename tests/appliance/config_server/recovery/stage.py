@@ -87,7 +87,7 @@ class RecoveryNodes(Nodes):
     broken:     why VMs of these names cannot be made. unwell: why their checks fail.
     stuck:      names of VMs that never come up.
     memory_bytes: of the compute node.
-    point_count: of every machine, as its applier counts them.
+    point_count, open_repairs, applied: of every machine, as its applier counts them.
     """
 
     behind: set[uuid.UUID] = field(default_factory=set)
@@ -97,6 +97,8 @@ class RecoveryNodes(Nodes):
     stuck: set[str] = field(default_factory=set)
     memory_bytes: int = 64 * GIB
     point_count: int = 0
+    open_repairs: int = 0
+    applied: int = 9
     holds: list[PointHold] = field(default_factory=list)
     vms: list[RecoveredVm] = field(default_factory=list)
 
@@ -161,7 +163,12 @@ class RecoveryNodes(Nodes):
         report = Nodes._report(self, node, machines, version)
         if isinstance(report, ApplierReport):
             asked = for_applier(node, (), self.holds).holds
-            count = {"point_count": self.point_count}
+            count = {
+                "point_count": self.point_count,
+                "open_repairs": self.open_repairs,
+                "generation": 1,
+                "applied": self.applied,
+            }
             told = {
                 "holds": tuple(self._held(hold) for hold in asked),
                 "stores": tuple(store.model_copy(update=count) for store in report.stores),

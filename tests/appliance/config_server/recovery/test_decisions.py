@@ -20,6 +20,7 @@ from appliance.config_server.recovery.decisions import (
     judge_disks,
     judge_hold,
     judge_off,
+    judge_store,
     judge_vm,
     rpo_seconds,
     rto_seconds,
@@ -35,6 +36,7 @@ from replication.control.recovery import (
     VmReport,
     VmState,
 )
+from replication.control.report import StoreReport
 
 MACHINE = uuid.UUID(int=1)
 SECOND = 10**9
@@ -144,6 +146,19 @@ def test_a_point_of_another_machine_or_place_is_no_point(change: dict[str, objec
 
 def vm(state: VmState, **changes: object) -> VmReport:
     return VmReport.model_validate({"id": MACHINE, "state": state, **changes})
+
+
+def test_what_is_wrong_at_the_second_site_is_mended_before_a_planned_failover() -> None:
+    store, last = StoreReport(machine=MACHINE, generation=1, applied=6), Stamp(1, 7)
+    assert judge_store(None, ANSWER + 1, ANSWER) == judge_store(store, ANSWER + 1, ANSWER) == Good()
+    for wrong in ({"open_repairs": 1}, {"lost": "rot"}):
+        told = store.model_copy(update=wrong)
+        assert isinstance(judge_store(told, ANSWER, ANSWER), Wait)
+        assert isinstance(judge_store(told, ANSWER, ANSWER, last), Wait)  # which may mend it
+        applied = told.model_copy(update={"applied": 7})
+        for found in (judge_store(told, ANSWER + 1, ANSWER), judge_store(applied, 0, ANSWER, last)):
+            assert isinstance(found, Bad)
+            assert found.code == "not_whole"
 
 
 def test_disks_are_made_or_not() -> None:

@@ -413,6 +413,50 @@ async def test_a_planned_failover_that_is_cancelled_lets_the_source_go_on(
     assert await stage.there() == ([], [])
 
 
+async def test_a_planned_failover_waits_for_repairs_before_anything_is_frozen(
+    stage: RecoveryStage,
+) -> None:
+    stage.nodes.open_repairs = 2
+    await stage.nodes.report()
+    job = await stage.begun(PLANNED)
+    assert "2 runs of blocks are wrong" in await stage.noted(job.id, 0)
+    assert not (await stage.machine()).final_wanted
+    stage.nodes.silent.add(MACHINE)
+    await ordered_and_found_wrong(stage, job)
+    stage.nodes.open_repairs = 0
+    await stage.nodes.report()
+    assert (await stage.ended(job.id)).state == "succeeded"
+    assert stage.power.off == [VMS[MACHINE]]
+
+
+async def test_what_the_last_changeset_does_not_mend_fails_the_failover_with_the_source_on(
+    stage: RecoveryStage,
+) -> None:
+    stage.nodes.silent.add(MACHINE)
+    job = await stage.begun(PLANNED)
+    await ordered_and_found_wrong(stage, job)
+    stage.nodes.applied = 10
+    await stage.nodes.report()
+    await failed(stage, job, "not_whole")
+    assert stage.power.off == []
+    assert not (await stage.machine()).final_wanted
+
+
+async def ordered_and_found_wrong(stage: RecoveryStage, job: Job) -> None:
+    """Its agent, which is silent, tells of a last changeset in which something was found."""
+    stage.nodes.open_repairs = 0
+    await stage.nodes.report()
+    await stage.machine_when(lambda machine: machine.final_wanted)
+    stage.nodes.open_repairs = 1
+    await stage.nodes.report()
+    stage.nodes.silent.clear()
+    async with asyncio.timeout(WAIT_SECONDS):
+        while "1 run of blocks is wrong" not in await stage.noted(job.id, 0):
+            await stage.nodes.report()
+            await asyncio.sleep(0.02)
+    assert stage.power.off == []
+
+
 async def test_an_agent_that_fell_silent_or_thawed_fails_the_planned_failover(
     stage: RecoveryStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
