@@ -143,9 +143,13 @@ def _open_disk(
                 f"{state.folder} to replicate it anew",
             )
         tracker: Tracker
+        digests = _digests_path(state, disk.index)
         if config.tracker == "scan":
-            tracker = ScanTracker.attach(device, _digests_path(state, disk.index))
+            tracker = ScanTracker.attach(device, digests)
         else:
+            if os.path.exists(digests):
+                # A later scan would not see what has changed, was sent, and has changed back.
+                ScanTracker(device, digests).remove()
             tracker = EbpfTracker.attach(config.machine, disk.index, device)
         try:
             yield SourceDisk(disk.shape(device.size_bytes), device, tracker)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from agents.mobility.config import AgentConfig
 from agents.mobility.device import DeviceIdentity
 from agents.mobility.interruption import find_interruption
 from agents.mobility.source import SourceDisk
+from agents.mobility.stream_run import _open_disk
 from agents.mobility.stream_state import Pending, StreamStateFile
 from agents.mobility.tracker.ebpf import EbpfTracker
 from agents.mobility.tracker.scan import ScanTracker
@@ -98,3 +100,46 @@ def test_scan_outlives_a_reboot_as_long_as_its_digests_are_there(
     tracker.swap()
     tracker.forget()
     assert find_interruption([disk], state) is None
+
+
+def test_digests_do_not_outlast_another_way_of_tracking(
+    machine: uuid.UUID, loop_disk: MakeLoopDisk, tmp_path: Path
+) -> None:
+    """A block that changed, was sent, and changed back would look as if nothing had happened."""
+    loop = loop_disk(MIB)
+    state = StreamStateFile(str(tmp_path), machine)
+
+    def opened(tracker: str) -> contextlib.AbstractContextManager[SourceDisk]:
+        config = AgentConfig.model_validate(
+            {
+                "machine": str(machine),
+                "data_key_file": "none",
+                "state_folder": str(tmp_path),
+                "process_server": "https://localhost",
+                "tls": {"certificate": "none", "key": "none", "ca": "none"},
+                "disks": [{"index": 0, "device": loop.path}],
+                "tracker": tracker,
+            }
+        )
+        return _open_disk(config, config.disks[0], state)
+
+    def taken(disk: SourceDisk) -> list[int]:
+        marked = disk.tracker.swap()
+        state.save({0: BlockSet(BLOCKS)}, generation=1, identities={0: disk.device.identity})
+        disk.tracker.forget()
+        return [block for first, count in marked.runs() for block in range(first, first + count)]
+
+    loop.write([5], b"a")
+    with opened("scan") as disk:
+        assert taken(disk) == [5]
+    with opened("ebpf") as disk:
+        found = find_interruption([disk], state)
+        assert found is not None
+        assert found.cause is ResyncCause.TRACKING_LOST
+        taken(disk)
+        loop.write([5], b"b")
+        assert taken(disk) == [5]  # and sent
+    loop.write([5], b"a")
+    with opened("scan") as disk:
+        found = find_interruption([disk], state)
+        assert found is not None or taken(disk) == [5]
