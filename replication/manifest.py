@@ -88,6 +88,8 @@ class Manifest:
                      follows counts from the state that it finds at the second site.
     basis:           names that state in all that follow in the generation (sums.py); NO_BASIS
                      where the generation began with all blocks.
+    origin:          names the stream of a generation that began with all blocks; NO_BASIS in any
+                     other one.
     audit:           the audit sample; None where the sealed part was not opened.
     """
 
@@ -106,6 +108,7 @@ class Manifest:
     tracker: str = "ebpf"
     resync: bool = False
     basis: bytes = NO_BASIS
+    origin: bytes = NO_BASIS
     audit: tuple[AuditDigest, ...] | None = ()
 
     @property
@@ -211,6 +214,7 @@ def _public_tree(manifest: Manifest) -> dict[str, Any]:
         "tracker": manifest.tracker,
         "resync": manifest.resync,
         "basis": manifest.basis.hex(),
+        "origin": manifest.origin.hex(),
         "changed_bytes": manifest.changed_bytes,
         "disks": [
             {"disk": disk.index, "name": disk.name, "size_bytes": disk.size_bytes}
@@ -267,6 +271,7 @@ def _from_document(tree: Document) -> Manifest:
         tracker=tree.text("tracker", 16),
         resync=tree.flag("resync") if "resync" in tree else False,
         basis=tree.hex("basis", BASIS_BYTES) if "basis" in tree else NO_BASIS,
+        origin=tree.hex("origin", BASIS_BYTES) if "origin" in tree else NO_BASIS,
         audit=None,
     )
 

@@ -14,6 +14,7 @@ A crash after 3 leaves one that it knows: finished at the next start. Between 2 
 are not swapped, so ``todo`` does not change and step 4 can be repeated.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -37,7 +38,7 @@ from replication.block_set import BlockSet
 from replication.bookmark import GENERATION_LEAP_MAX, Stamp
 from replication.control.report import ResyncCause
 from replication.errors import PeerError
-from replication.manifest import NO_BASIS
+from replication.manifest import BASIS_BYTES, NO_BASIS
 from replication.stream import StreamState
 from replication.watermark import NO_ATTEMPT, Repair
 
@@ -130,6 +131,7 @@ def begin_generation(
         audit_chunk=0,
         identities=identities,
         basis=NO_BASIS,
+        origin=os.urandom(BASIS_BYTES),
         resync=None,
     )
     state.drop_retained()
@@ -192,6 +194,7 @@ def begin_resync(
         audit_chunk=0,
         identities=identities,
         basis=NO_BASIS,
+        origin=NO_BASIS,
         resync=replace(resync, stage=Stage.COMPARING, cursor=0),
     )
     state.drop_retained()

@@ -138,5 +138,6 @@ class ChangesetSender:
             applied=position.applied,
             tracker=self._config.tracker,
             basis=position.basis,
+            origin=position.origin,
             audit=taken.audit,
         )

@@ -196,7 +196,7 @@ class Replicator:
             stream = await self._poll()
             position = self._state.position
             ours = Stamp(position.generation, position.committed)
-            if stream.committed < ours or stream.watermark.lost:
+            if stream.committed < ours or self._is_contradicted(stream):
                 await self._reconcile(stream)
         self._check_disks()
         if final is not None:
@@ -260,10 +260,19 @@ class Replicator:
         stream = self._stream = self._believed(told)
         applied = stream.watermark.applied
         waiting = await asyncio.to_thread(learn_applied, self._state, applied)
-        self._clock.poll_at = time.monotonic() + (POLL_SECONDS if waiting else IDLE_POLL_SECONDS)
+        seconds = POLL_SECONDS if waiting else IDLE_POLL_SECONDS
+        if self._state.position.stage in (None, Stage.SENDING) and self._is_contradicted(stream):
+            seconds = 0.0  # else one commit after the other could keep it from being heeded
+        self._clock.poll_at = time.monotonic() + seconds
         self._resync.tell()
         self.status.learn(stream, self._state)
         return stream
+
+    def _is_contradicted(self, stream: StreamState) -> bool:
+        """Whether the store cannot go on, or has what this stream has not sent: another one's."""
+        position = self._state.position
+        used = Stamp(position.generation, max(position.committed, position.used))
+        return bool(stream.watermark.lost) or stream.watermark.applied > used
 
     def _believed(self, told: StreamState) -> StreamState:
         stream, is_strange = believed(told, self._watermark_key)

@@ -99,6 +99,8 @@ class Position:
     identities:  the disks as they were when tracking last went on without interruption.
     basis:       names the state at the second site that the generation counts from; NO_BASIS where
                  it began with all blocks.
+    origin:      names this stream of a generation that began with all blocks, which another one may
+                 begin by the same number when nobody remembers this one; NO_BASIS elsewhere.
     resync:      required or under way; None while all goes well.
     resync_request: newest order to resync that was taken up.
     """
@@ -117,6 +119,7 @@ class Position:
     pending: Pending | None = None
     identities: Mapping[int, DeviceIdentity] = field(default_factory=dict)
     basis: bytes = NO_BASIS
+    origin: bytes = NO_BASIS
     resync: Resync | None = None
     resync_request: int = 0
 
@@ -331,6 +334,7 @@ def _pack(position: Position, todo: BlockSets) -> bytes:
                 for disk, identity in sorted(position.identities.items())
             ],
             "basis": position.basis.hex(),
+            "origin": position.origin.hex(),
             "resync": position.resync and position.resync.to_tree(),
             "resync_request": position.resync_request,
         }
@@ -367,6 +371,7 @@ def _unpack(data: bytes) -> tuple[Position, BlockSets]:
             for item in tree.documents("identities", DISK_COUNT_MAX)
         },
         basis=tree.hex("basis", BASIS_BYTES) if "basis" in tree else NO_BASIS,
+        origin=tree.hex("origin", BASIS_BYTES) if "origin" in tree else NO_BASIS,
         resync=Resync.from_document(tree.document("resync")) if "resync" in tree else None,
         resync_request=tree.uint("resync_request") if "resync_request" in tree else 0,
     )

@@ -252,7 +252,7 @@ class MachineApplier:
         self._too_large = await settled(exceeded, self._shared.config, store.folder, manifest.disks)
         if self._too_large:
             return False
-        if not manifest.resync and not keeping.resync.fits(manifest):
+        if not manifest.resync and not keeping.resync.fits(manifest, _head(store)):
             return self._refuse_basis(keeping, manifest.stamp)
         async with self._shared.slots:
             with await settled(store.begin) as writer:
@@ -266,6 +266,8 @@ class MachineApplier:
                     return False
                 if manifest.resync:
                     await settled(keeping.resync.begin, manifest.stamp, manifest.attempt)
+                else:
+                    await settled(keeping.resync.note_origin, manifest, _head(store))
                 try:
                     position = await settled(
                         writer.seal,
@@ -289,7 +291,7 @@ class MachineApplier:
         return True
 
     def _refuse_basis(self, keeping: Keeping, stamp: Stamp) -> bool:
-        why = "its source has compared with another state than this store's"
+        why = "its source counts from another state than this store's"
         self._event(keeping, "basis", f"changeset {stamp}: {why}")
         self._malformed[stamp] = why
         self.inbox.refuse(stamp, why)

@@ -111,6 +111,7 @@ def test_manifest_is_read_from_the_page() -> None:
         "applied_number": 12,
         "tracker": "ebpf",
         "basis": "00" * 16,
+        "origin": "00" * 16,
         "resync": False,
         "changed_bytes": 32768,
         "disks": [

@@ -132,6 +132,24 @@ class World:
         self.fresh_pins = True
         self.restart_agent()
 
+    def forget_all(self) -> None:
+        """Agent, appliance and cache begin anew; the second site stays, and is heard when it is."""
+        shutil.rmtree(f"{self.folder}/agent")
+        self.agent = StreamStateFile(f"{self.folder}/agent", MACHINE)
+        self.carried = BlockSet(BLOCK_COUNT)
+        self.server, self.sums = Position(), None
+        self.spool.clear()
+        self.cache.clear()
+        self.unsynced.clear()
+        self.refused.clear()
+        self.watermark = self.old_watermark = Watermark(MACHINE)
+        self.vain = 0
+        self.connect()
+        for _ in range(self.rng.choice((0, 5, 20, 40))):  # the applier is away for so long
+            self.write()
+            self.turn()
+            self.upload()
+
     def order(self) -> None:
         position = self.agent.position
         under_way = position.stage is Stage.SENDING or not (position.seeded or position.resync)
@@ -161,7 +179,9 @@ class World:
         stream = self.state()
         learn_applied(self.agent, stream.watermark.applied)
         ours = Stamp(position.generation, position.committed)
-        if stream.committed < ours or stream.watermark.lost:
+        used = Stamp(position.generation, max(position.committed, position.used))
+        told = stream.watermark
+        if stream.committed < ours or told.lost or told.applied > used:
             self.connect()
         stage = self.agent.position.stage
         if stage is Stage.REQUIRED:
@@ -258,6 +278,7 @@ class World:
             applied=position.applied,
             resync=resync,
             basis=NO_BASIS if resync else position.basis,
+            origin=position.origin,
         )
         # ``sent`` is taken as it was: what is written from here on is marked for the next.
         pending = Pending(stamp, manifest.attempt, whole)
@@ -356,10 +377,15 @@ class World:
             store.record.begin(manifest.stamp, manifest.attempt)
             if self.rng.random() < 0.2:
                 return None  # killed before it is sealed
-        elif not store.record.fits(manifest):
+        elif not store.record.fits(manifest, store.head):
             self.refused.add(manifest.attempt)
             self.vain = LOST_AFTER
             return self.publish()
+        else:
+            store.record.note_origin(manifest, store.head)
+            if self.rng.random() < 0.1:
+                store.record = ResyncRecord(store.folder)
+                return None  # killed before it is sealed
         for block, version in changeset.content.items():
             store.target[block] = version
         store.head, store.attempt = manifest.stamp, manifest.attempt

@@ -69,9 +69,10 @@ FAULTS = {
     "forged": ("reboot", "order", "forge", "crash_cache", "lose_spool"),
     "rotten": ("reboot", "rot", "crash_cache"),
     "stores": ("reboot", "order", "back_up", "put_back", "take_over", "crash_cache"),
+    "forgotten": ("forget_all",),
     "everything": (
         "reboot", "order", "lose_spool", "crash_cache", "restart_agent", "forge", "rot",
-        "back_up", "put_back", "take_over",
+        "back_up", "put_back", "take_over", "forget_all",
     ),
 }  # fmt: skip
 

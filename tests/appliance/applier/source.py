@@ -69,6 +69,7 @@ class Source:
     dirty: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
     count: int = 0
     basis: bytes = NO_BASIS
+    origin: bytes = NO_BASIS
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -157,6 +158,7 @@ class Source:
             repaired=repaired,
             initial=initial,
             basis=self.basis,
+            origin=self.origin,
             audit=tuple(self.audit_digest(*chunk) for chunk in self._sample(audit)),
         )
         images = {disk: bytes(image) for disk, image in self.disks.items()}

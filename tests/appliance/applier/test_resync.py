@@ -15,11 +15,11 @@ from appliance.applier.repair_book import RepairBook
 from appliance.applier.resync_record import ResyncRecord
 from appliance.applier.store import ReaderStore
 from replication.block_set import BLOCK_BYTES
-from replication.bookmark import Consistency, Stamp
+from replication.bookmark import NOTHING, Consistency, Stamp
 from replication.cache_layout import sums_container, sums_name
 from replication.checksum import CHUNK_BLOCKS, CHUNK_BYTES, block_digests, chunk_digest
 from replication.errors import StorageError
-from replication.manifest import NO_BASIS
+from replication.manifest import NO_BASIS, Manifest
 from replication.sums import (
     SUMS_BYTES_MAX,
     SumsPlace,
@@ -188,6 +188,62 @@ async def test_what_was_compared_with_another_state_is_refused(site: Site) -> No
             assert told.applied == Stamp(2, 1)
             await site.account.drop(changeset.container)
             await site.until(source, lambda found: not found.lost)
+
+
+async def test_another_stream_by_the_same_numbers_is_refused_unless_it_brings_all(
+    site: Site,
+) -> None:
+    source = a_source()
+    source.origin = b"a" * 16
+    async with site.applier(source):
+        for number in (1, 2):
+            await source.changeset().put(site.account)
+            await site.until_applied(source, Stamp(1, number))
+    source.origin = b"b" * 16
+    source.scribble()
+    refused = source.changeset()
+    await refused.put(site.account)
+    async with site.applier(source):
+        told = await site.until(source, lambda found: bool(found.lost))
+        assert "another state" in told.lost
+        assert (told.applied, told.lost_generation) == (Stamp(1, 2), 1)
+        source.touch_all()
+        whole = source.changeset(since=0)
+        await whole.put(site.account)
+        await site.until_applied(source, whole.stamp)
+        source.scribble()
+        last = source.changeset()
+        await last.put(site.account)
+        await site.until_applied(source, last.stamp)
+        site.check(source, last)
+
+
+def test_a_stream_counts_from_its_first_changeset_on_not_before(tmp_path: Path) -> None:
+    """Its name is written before that is sealed, and the power may go in between."""
+    source = Source({0: bytearray(4096)})
+
+    def manifest(number: int, origin: bytes, since: int) -> Manifest:
+        source.number, source.origin = number - 1, origin
+        source.dirty = {at: set() for at in range(number)}
+        return source.changeset(since=since).manifest
+
+    ours, other = b"a" * 16, b"b" * 16
+    record = ResyncRecord(str(tmp_path))
+    first = manifest(1, ours, 0)
+    assert record.fits(first, NOTHING)
+    record.note_origin(first, NOTHING)
+    begins = manifest(3, other, 0)
+    assert record.fits(begins, Stamp(1, 2))
+    record.note_origin(begins, Stamp(1, 2))
+    record = ResyncRecord(str(tmp_path))
+    assert not record.fits(manifest(4, other, 2), Stamp(1, 2))
+    goes_on = manifest(4, ours, 2)
+    assert record.fits(goes_on, Stamp(1, 2))
+    record.note_origin(goes_on, Stamp(1, 2))
+    record = ResyncRecord(str(tmp_path))
+    assert record.fits(manifest(5, ours, 4), Stamp(1, 4))
+    assert not record.fits(manifest(5, other, 4), Stamp(1, 4))
+    assert not record.fits(manifest(5, NO_BASIS, 4), Stamp(1, 4))
 
 
 async def test_a_store_put_back_takes_nothing_that_counts_from_what_it_lost(site: Site) -> None:
