@@ -69,6 +69,8 @@ class World:
         self.resyncs = 0
         self.tampered = False
         self.agent = StreamStateFile(f"{folder}/agent", MACHINE)
+        self.server_copy: tuple[Position, dict[Stamp, Changeset]] | None = None
+        self.machine_copy: tuple[list[int], dict[int, int], BlockSet, BlockSet, bool] | None = None
         self.connect()
 
     # The machine.
@@ -149,6 +151,39 @@ class World:
             self.write()
             self.turn()
             self.upload()
+
+    def copy_server(self) -> None:
+        """Somebody keeps a copy of the process server's disk."""
+        self.server_copy = (self.server, dict(self.spool))
+
+    def put_back_server(self) -> None:
+        """The process server's disk is put back as it was."""
+        if self.server_copy is not None:
+            self.server, spool = self.server_copy
+            self.spool = dict(spool)
+
+    def copy_machine(self) -> None:
+        """A snapshot of the source with its memory."""
+        shutil.rmtree(f"{self.folder}/machine", ignore_errors=True)
+        shutil.copytree(f"{self.folder}/agent", f"{self.folder}/machine")
+        self.machine_copy = (
+            list(self.source),
+            dict(self.flying),
+            self.marks.copy(),
+            self.carried.copy(),
+            self.fresh_pins,
+        )
+
+    def put_back_machine(self) -> None:
+        """The source goes on from its snapshot, as if nothing had happened since."""
+        if self.machine_copy is None:
+            return
+        source, flying, marks, carried, self.fresh_pins = self.machine_copy
+        self.source, self.flying = list(source), dict(flying)
+        self.marks, self.carried = marks.copy(), carried.copy()
+        shutil.rmtree(f"{self.folder}/agent")
+        shutil.copytree(f"{self.folder}/machine", f"{self.folder}/agent")
+        self.agent = StreamStateFile(f"{self.folder}/agent", MACHINE)
 
     def order(self) -> None:
         position = self.agent.position

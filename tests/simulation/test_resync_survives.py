@@ -3,7 +3,8 @@
 The decisions are the real ones: bookkeeping, reconcile, order, succession, the applier's record of
 resyncs, and the watermark with its authentication. What is simulated below them is unkind: writes
 are on their way for a while and may end unseen, a reboot loses the trackers, a store is put back to
-an older copy or another takes the machine over, blobs and sums are forgotten, watermarks forged.
+an older copy or another takes the machine over, and so are the process server's disk and the whole
+machine, blobs and sums are forgotten, or all but the store is, watermarks forged.
 
 Invariants:
 
@@ -70,9 +71,13 @@ FAULTS = {
     "rotten": ("reboot", "rot", "crash_cache"),
     "stores": ("reboot", "order", "back_up", "put_back", "take_over", "crash_cache"),
     "forgotten": ("forget_all",),
+    "copies": (
+        "copy_server", "put_back_server", "copy_machine", "put_back_machine", "crash_cache",
+    ),
     "everything": (
         "reboot", "order", "lose_spool", "crash_cache", "restart_agent", "forge", "rot",
         "back_up", "put_back", "take_over", "forget_all",
+        "copy_server", "put_back_server", "copy_machine", "put_back_machine",
     ),
 }  # fmt: skip
 
