@@ -29,6 +29,7 @@ from appliance.config_server.recovery.decisions import (
 )
 from appliance.config_server.recovery.parts import (
     add_hold,
+    add_note,
     judge_each,
     take_held,
 )
@@ -39,6 +40,9 @@ from appliance.config_server.store.recovery_tables import PointHold, RecoveredVm
 from replication.control.recovery import HeldPoint, PointChoice, VmPower
 from replication.control.report import MachineReport, ProcessServerReport, StoreReport
 
+KNOWN_WRONG = (
+    "runs of blocks that were wrong at the second site when the point was held, and not mended: {}"
+)
 _SECOND_NS = 10**9
 _FINAL_NS = int(FINAL_SECONDS_MAX * _SECOND_NS)
 
@@ -139,6 +143,9 @@ class FailoverSteps:
         if isinstance(found, Good):
             assert held is not None
             take_held(part, hold, held)
+            store = await _store_of(scene, part)
+            if store is not None and store.open_repairs:
+                add_note(part.failover, KNOWN_WRONG.format(store.open_repairs))
         if isinstance(found, Instead):
             hold.ended_ns = scene.now_ns
             await add_hold(scene, part, found.choice)

@@ -442,6 +442,16 @@ async def test_what_the_last_changeset_does_not_mend_fails_the_failover_with_the
     assert not (await stage.machine()).final_wanted
 
 
+async def test_what_is_known_to_be_wrong_does_not_keep_an_unplanned_failover_but_is_noted(
+    stage: RecoveryStage,
+) -> None:
+    stage.nodes.open_repairs = 3
+    await stage.nodes.report()
+    failover = await stage.failed_over(UNPLANNED)
+    assert failover.state == "up"
+    assert failing_over.KNOWN_WRONG.format(3) in failover.notes
+
+
 async def ordered_and_found_wrong(stage: RecoveryStage, job: Job) -> None:
     """Its agent, which is silent, tells of a last changeset in which something was found."""
     stage.nodes.open_repairs = 0
