@@ -51,7 +51,7 @@ from replication.errors import (
 )
 from replication.manifest import Manifest
 from replication.stream import StreamState
-from replication.watermark import WatermarkKey
+from replication.watermark import NO_ATTEMPT, WatermarkKey
 
 TICK_SECONDS = 0.5
 POLL_SECONDS = 2.0
@@ -270,9 +270,13 @@ class Replicator:
 
     def _is_contradicted(self, stream: StreamState) -> bool:
         """Whether the store cannot go on, or has what this stream has not sent: another one's."""
-        position = self._state.position
+        position, told = self._state.position, stream.watermark
         used = Stamp(position.generation, max(position.committed, position.used))
-        return bool(stream.watermark.lost) or stream.watermark.applied > used
+        if told.lost or told.applied > used:
+            return True
+        newest = Stamp(position.generation, position.committed)
+        is_ours = told.attempt in (position.attempt, NO_ATTEMPT)
+        return told.applied == newest and newest.number > 0 and not is_ours
 
     def _believed(self, told: StreamState) -> StreamState:
         stream, is_strange = believed(told, self._watermark_key)

@@ -71,13 +71,12 @@ FAULTS = {
     "rotten": ("reboot", "rot", "crash_cache"),
     "stores": ("reboot", "order", "back_up", "put_back", "take_over", "crash_cache"),
     "forgotten": ("forget_all",),
-    "copies": (
-        "copy_server", "put_back_server", "copy_machine", "put_back_machine", "crash_cache",
-    ),
+    "copies": ("copy_server", "put_back_server", "reboot", "crash_cache"),
+    "snapshots": ("copy_machine", "put_back_machine", "crash_cache", "lose_spool"),
     "everything": (
         "reboot", "order", "lose_spool", "crash_cache", "restart_agent", "forge", "rot",
         "back_up", "put_back", "take_over", "forget_all",
-        "copy_server", "put_back_server", "copy_machine", "put_back_machine",
+        "copy_server", "put_back_server",
     ),
 }  # fmt: skip
 
