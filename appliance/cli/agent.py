@@ -20,7 +20,11 @@ from replication.errors import ConfigError
 app = typer.Typer(no_args_is_help=True, help="The mobility agent of this machine.")
 
 STATUS_FILE = "status.json"
-LOOKED_FOR = ("/var/lib/understudy-agent", "/var/lib/understudy-lab/agents")
+LOOKED_FOR = (
+    "/var/lib/understudy-agent",
+    "/run/understudy-agent",
+    "/var/lib/understudy-lab/agents",
+)
 RECORDS_SHOWN = 10
 
 

@@ -139,6 +139,15 @@ def test_agent_thaws_after_it_is_gone_with_the_configuration_that_it_ran_with() 
     ]
 
 
+def test_nothing_is_made_on_a_disk_before_the_agent_thaws() -> None:
+    """These folders are made anew before each command, also before that which thaws: on a frozen
+    disk systemd would wait for it for ever. /run is in memory.
+    """
+    for name in ("State", "Cache", "Logs"):
+        assert not setting("understudy-agent.service", f"{name}Directory")
+    assert setting("understudy-agent.service", "RuntimeDirectoryPreserve") == ["yes"]
+
+
 def test_users_of_the_units_are_those_that_sysusers_makes() -> None:
     made = re.findall(r"^u (\S+)", (FOLDER / "understudy.sysusers.conf").read_text(), re.MULTILINE)
     used = [setting(unit, "User") for unit in UNITS if unit not in ROOTS]
@@ -159,7 +168,8 @@ def test_unit_can_reach_what_its_example_names(daemon: str) -> None:
     """State lies in the unit's state folder; the configuration is the one that the unit names."""
     unit = f"understudy-{daemon}.service"
     assert f"/etc/understudy/{daemon}.toml" in setting(unit, "ExecStart")
-    state = f"/var/lib/{setting(unit, 'StateDirectory')[0]}"
+    made = setting(unit, "StateDirectory") or [unit.removesuffix(".service")]
+    state = f"/var/lib/{made[0]}"
     text = (FOLDER / "examples" / f"{daemon}.toml").read_text()
     named = re.findall(r'^(?:folder|store|state_folder|data_folder) = "(.*)"$', text, re.MULTILINE)
     assert named
