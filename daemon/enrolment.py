@@ -36,6 +36,7 @@ from daemon.identity import (
     read_record,
     take_certificate,
 )
+from daemon.ownership import act_as_owner
 from daemon.service import fail
 from replication.control.enrolment import (
     NONCE_BYTES,
@@ -196,10 +197,12 @@ def enrol_command(
             )
         if not options.passphrase_file:
             raise ConfigError("enrol needs --passphrase-file FILE")
+        passphrase = read_passphrase(options.passphrase_file)
+        act_as_owner(config.identity_folder)
         identity = asyncio.run(
             enrol(
                 config,
-                read_passphrase(options.passphrase_file),
+                passphrase,
                 role,
                 name=options.name or name or socket.gethostname(),
                 names=names,

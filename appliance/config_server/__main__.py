@@ -16,6 +16,7 @@ from appliance.config_server.identity.administration import (
     show_passphrase,
 )
 from appliance.config_server.tokens import DAYS_DEFAULT, DAYS_MAX
+from daemon.ownership import act_as_owner
 from daemon.service import fail, run_daemon
 from replication.control.enrolment import PassphraseKind
 from replication.control.role import OperatorRole
@@ -39,6 +40,7 @@ def main() -> int:
             return run_daemon(
                 "config-server", config.service, lambda service: serve(service, config)
             )
+        act_as_owner(config.state_folder)
         print(asyncio.run(command))  # noqa: T201 - this is the user's terminal
     except ReplicationError as error:
         return fail(error)
