@@ -17,6 +17,7 @@ import re
 import shutil
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 
 from azure_emu.compute.address import (
     bridge_address,
@@ -36,6 +37,9 @@ SLUG_CHARACTERS_MAX = 20
 DIGEST_CHARACTERS = 32
 NETWORK_SLUG_CHARACTERS = SLUG_CHARACTERS_MAX + 1 + DIGEST_CHARACTERS
 RECORD = "network.json"
+CONFIGURATION = "dnsmasq.conf"
+"""Empty, and of each network's own: by that argument its dnsmasq is found."""
+
 NAMESPACES = "/run/netns"
 LEASE_SECONDS = 3600
 
@@ -211,7 +215,7 @@ class Networks:
         """dnsmasq, started anew when there is a VM that it does not know."""
         place = self._place(network.name)
         hosts = [f"--dhcp-host={mac_of(vm.bytes)},{at}" for vm, at in network.vms.items()]
-        running = find_processes(self._mark(place))
+        running = _address_servers(place)
         if running and all(has_argument(running[0], host) for host in hosts):
             return
         for process in running:
@@ -220,13 +224,14 @@ class Networks:
         router = "--dhcp-option=option:router"  # without a value: none is told
         if not network.isolated and self._config.uplink:
             router += f",{uplink_address(network.subnet)}"
+        await asyncio.to_thread(Path(place, CONFIGURATION).touch)
         await run_tool(
             "nsenter",
             f"--net={NAMESPACES}/{network.namespace}",
             "--",
             "dnsmasq",
-            "--conf-file=/dev/null",
-            self._mark(place),
+            _mark(place),
+            "--pid-file",  # without a value: none is written, which would be given to nobody
             "--port=0",
             "--bind-interfaces",
             f"--interface={BRIDGE}",
@@ -237,14 +242,9 @@ class Networks:
             *hosts,
         )
 
-    @staticmethod
-    def _mark(place: str) -> str:
-        """The argument by which a network's dnsmasq is found among all processes."""
-        return f"--pid-file={place}/dnsmasq.pid"
-
     async def _remove(self, network: Network) -> None:
         place = self._place(network.name)
-        for process in find_processes(self._mark(place)):
+        for process in _address_servers(place):
             await kill(process)
         outer = _outer_interface(network)
         if (
@@ -267,6 +267,15 @@ def slug_of(name: str) -> str:
 
 def _exists(namespace: str) -> bool:
     return os.path.exists(os.path.join(NAMESPACES, namespace))
+
+
+def _mark(place: str) -> str:
+    return f"--conf-file={place}/{CONFIGURATION}"
+
+
+def _address_servers(place: str) -> list[int]:
+    """Processes of the network's dnsmasq; one that was started before an upgrade writes its id."""
+    return [*find_processes(_mark(place)), *find_processes(f"--pid-file={place}/dnsmasq.pid")]
 
 
 def _outer_interface(network: Network) -> str:

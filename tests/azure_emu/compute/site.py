@@ -78,7 +78,7 @@ class Place:
             for process in find_processes(mark_of(str(folder))):
                 await kill(process)
         for folder in (self.data / NETWORKS_FOLDER).glob("*"):
-            for process in find_processes(f"--pid-file={folder}/dnsmasq.pid"):
+            for process in find_processes(f"--conf-file={folder}/dnsmasq.conf"):
                 await kill(process)
         for namespace in self.left_namespaces():
             await try_tool("ip", "netns", "delete", namespace)

@@ -58,7 +58,7 @@ async def test_an_isolated_network_reaches_nothing_and_leaves_nothing(
     assert "default" not in routes
     assert not reaches(one.namespace, "10.90.0.254")
     assert not reaches(one.namespace, "192.0.2.1")
-    mark = f"--pid-file={place.data}/networks/{slug_of('Test 1!')}/dnsmasq.pid"
+    mark = f"--conf-file={place.data}/networks/{slug_of('Test 1!')}/dnsmasq.conf"
     (dnsmasq,) = find_processes(mark)
     assert has_argument(dnsmasq, f"--dhcp-host={two.mac},{two.address.ip}")
 
