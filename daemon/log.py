@@ -6,6 +6,9 @@ from typing import Any
 
 import structlog
 
+LIBRARIES_THAT_WARN_OF_ANSWERS = ("azure",)
+"""Of an answer that is an error; whoever asked gets that as an exception, and tells of it."""
+
 
 def configure_log(*, daemon: str, as_json: bool = False, level: str = "info") -> None:
     """Set up structlog for this process; every line names ``daemon``."""
@@ -30,3 +33,5 @@ def configure_log(*, daemon: str, as_json: bool = False, level: str = "info") ->
     )
     structlog.contextvars.bind_contextvars(daemon=daemon)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    for name in LIBRARIES_THAT_WARN_OF_ANSWERS:
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -133,13 +133,19 @@ def _thaw(config: AgentConfig | ControlledConfig) -> None:
         try:
             device = Device.open(path)
             try:
-                thaw_all([fs.mount_point for fs in mounted_file_systems(device)])
+                thawed = thaw_all([fs.mount_point for fs in mounted_file_systems(device)])
+                for place in thawed:
+                    print(f"{place} had been left frozen")  # noqa: T201 - a user's, or the journal
             finally:
                 device.close()
         except ReplicationError as error:
             trouble.append(error)
     app = config.app_consistency
-    run_owed_scripts(config.state_folder, _machine_of(config), app.post, app.script_seconds_max)
+    folder, machine = config.state_folder, _machine_of(config)
+    report = run_owed_scripts(folder, machine, app.post, app.script_seconds_max)
+    if report is not None:
+        told = f", but {report.reason}" if report.reason else ""
+        print(f"post scripts were owed and have run{told}")  # noqa: T201 - as above
     if trouble:
         raise trouble[0]
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import structlog
+
 from agents.mobility.bookkeeping import finish, make_pending
 from agents.mobility.capture import Capture, Taken
 from agents.mobility.config import AgentConfig
@@ -17,7 +19,7 @@ from agents.mobility.stream_client import StreamClient
 from agents.mobility.stream_state import Pending, StreamStateFile, size_of
 from agents.mobility.upload import upload
 from replication.block_set import BLOCK_BYTES
-from replication.bookmark import Bookmark, Stamp
+from replication.bookmark import Bookmark, Consistency, Stamp
 from replication.envelope import AttemptSealer
 from replication.manifest import Manifest
 from replication.stream import StreamState
@@ -36,6 +38,19 @@ class Sent:
     stamp: Stamp
     taken: Taken
     told: StreamState
+
+
+def log_remarkable(sent: Sent, *, app: bool, first: bool) -> None:
+    """What happens to few changesets; the rest is in the status.
+
+    app:   it was to be app-consistent. first: with it the machine is replicated wholly.
+    """
+    log = structlog.get_logger()
+    if first:
+        log.info("replicating", changeset=str(sent.stamp))
+    if app and sent.taken.whole and sent.taken.consistency is not Consistency.APP:
+        reason = sent.taken.reason or None
+        log.warning("no app-consistent point", changeset=str(sent.stamp), reason=reason)
 
 
 class ChangesetSender:

@@ -22,7 +22,7 @@ from agents.mobility.bookkeeping import (
     take_up_repair,
 )
 from agents.mobility.capture import Capture, Taken
-from agents.mobility.changeset import ChangesetSender
+from agents.mobility.changeset import ChangesetSender, log_remarkable
 from agents.mobility.config import AgentConfig
 from agents.mobility.final_order import FinalBook
 from agents.mobility.final_run import Finale
@@ -339,8 +339,10 @@ class Replicator:
                 aborted=aborted,
             )
 
+        seeded = self._state.position.seeded
         sent = await self._sender.send(capture)
         await self._learn(sent.told)
+        log_remarkable(sent, app=app, first=self._state.position.seeded and not seeded)
         self._schedule(began, sent.taken, app=app and sent.taken.whole)
 
     async def _take_up_repair(self) -> None:

@@ -20,7 +20,7 @@ def read_ahead(mountpoint: str) -> None:
         with open(path, "w", encoding="ascii") as file:
             file.write(str(READ_BYTES_MAX >> 10))
     except OSError as error:
-        structlog.get_logger().warning("read-ahead unchanged", path=path, reason=str(error))
+        structlog.get_logger().debug("read-ahead unchanged", path=path, reason=str(error))
 
 
 def unmount_stale(mountpoint: str) -> None:
