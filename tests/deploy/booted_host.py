@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = "/opt/understudy"
@@ -28,6 +28,7 @@ DISK_BYTES = 256 << 20
 BOOT_SECONDS_MAX = 120
 COMMAND_SECONDS_MAX = 300
 END_SECONDS_MAX = 30
+REBOOT_SECONDS_MAX = 120
 DEVICES = ("/dev/fuse", "/dev/net/tun")
 ALLOWED_CALLS = (
     "bpf perf_event_open landlock_create_ruleset landlock_add_rule landlock_restrict_self"
@@ -59,10 +60,23 @@ def run(*command: str | Path) -> str:
 class BootedHost:
     """environment: of what is run there. disk: a loop device with nothing on it."""
 
-    def __init__(self, container: subprocess.Popen[bytes], disk: str) -> None:
-        self._container = container
+    def __init__(self, start: Callable[[], subprocess.Popen[bytes]], disk: str) -> None:
+        self._start = start
         self.disk = disk
         self.environment: dict[str, str] = {}
+        self._boot()
+
+    def _boot(self) -> None:
+        self._container = self._start()
+        self._until_booted()
+        # As udev does it.
+        self.run("chmod", "0666", *DEVICES)
+
+    def reboot(self) -> None:
+        """As ``systemctl reboot`` does it, but for the kernel, which stays."""
+        self.run("systemctl", "reboot", check=False)
+        self._container.wait(REBOOT_SECONDS_MAX)
+        self._boot()
 
     def run(self, *command: str, check: bool = True, given: str = "") -> str:
         """What a command that root runs there says. A failure shows all of it."""
@@ -86,7 +100,7 @@ class BootedHost:
     def journal(self, unit: str) -> str:
         return self.run("journalctl", "--no-pager", "--output=cat", "--unit", unit)
 
-    def until_booted(self) -> None:
+    def _until_booted(self) -> None:
         until = time.monotonic() + BOOT_SECONDS_MAX
         state = ""
         while state not in ("running", "degraded"):
@@ -124,12 +138,7 @@ def booted_host(folder: Path) -> Iterator[BootedHost]:
         stack.enter_context(_mounted("--bind", sys.base_prefix, root / "opt/python"))
         stack.enter_context(_mounted("--bind", memory / "environment", environment))
         run("chroot", root, "ldconfig")
-        container = stack.enter_context(_container(root, disk))
-        host = BootedHost(container, disk)
-        host.until_booted()
-        # As udev does it.
-        host.run("chmod", "0666", *DEVICES)
-        yield host
+        yield BootedHost(stack.enter_context(_containers(root, disk)), disk)
 
 
 def _prepare(root: Path) -> None:
@@ -198,7 +207,8 @@ def _disk(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _container(root: Path, disk: str) -> Iterator[subprocess.Popen[bytes]]:
+def _containers(root: Path, disk: str) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """What starts the container, again where it has ended; the last one is ended afterwards."""
     name = f"understudy-{os.getpid()}"
     # In a control group of its own: what it makes there goes with it.
     group = [Path("/sys/fs/cgroup") / tree / name for tree in ("systemd", "unified")]
@@ -210,25 +220,32 @@ def _container(root: Path, disk: str) -> Iterator[subprocess.Popen[bytes]]:
     command += [f"--directory={root}", f"--machine={name}", "--console=pipe", "--private-network"]
     command += ["--capability=all", f"--system-call-filter={ALLOWED_CALLS}"]
     command += [f"--bind={path}" for path in (*DEVICES, disk, "/sys/fs/bpf")]
-    with (root.parent / "console").open("wb") as console:
-        container = subprocess.Popen(
-            ["unshare", "--mount", "--propagation=slave", "sh", "-c", ALONE, "sh", *command],
-            env={**os.environ, "groups": " ".join(map(str, group)), "folder": str(root.parent)},
-            stdin=subprocess.DEVNULL,
-            stdout=console,
-            stderr=console,
-            start_new_session=True,
-        )
+    started = []
+
+    def start() -> subprocess.Popen[bytes]:
+        with (root.parent / "console").open("ab") as console:
+            container = subprocess.Popen(
+                ["unshare", "--mount", "--propagation=slave", "sh", "-c", ALONE, "sh", *command],
+                env={**os.environ, "groups": " ".join(map(str, group)), "folder": str(root.parent)},
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+                start_new_session=True,
+            )
+        started.append(container)
+        return container
+
     try:
-        yield container
+        yield start
     finally:
-        container.send_signal(signal.SIGTERM)
-        try:
-            container.wait(END_SECONDS_MAX)
-        except subprocess.TimeoutExpired:
-            container.kill()
-            container.wait()
-        (root.parent / "console").unlink()
+        for container in started[-1:]:
+            container.send_signal(signal.SIGTERM)
+            try:
+                container.wait(END_SECONDS_MAX)
+            except subprocess.TimeoutExpired:
+                container.kill()
+                container.wait()
+        (root.parent / "console").unlink(missing_ok=True)
         for top in group:
             for below, _, _ in os.walk(top, topdown=False):
                 with contextlib.suppress(OSError):  # one that still ends

@@ -32,8 +32,20 @@ groups:
       - name: note
         script: {command: note, seconds_max: 60}
 """
+FREEZE = "fsfreeze --freeze /srv/data 2>&1 && echo frozen || true"
 NOTE = """#!/bin/sh
 grep -q '"RecoveryPlanName"' && id -un && touch /tmp/noted && echo noted
+"""
+SCRIPTS = {
+    "pre": "set -e; runuser -u nobody -- id -un >/run/before",
+    "post": "touch /run/after",
+}
+"""Of an app-consistent point: as another user, and into a folder that the drop-in names."""
+
+APP_CONSISTENCY = """
+[app_consistency]
+pre = ["/etc/understudy/scripts/pre"]
+post = ["/etc/understudy/scripts/post"]
 """
 
 UNITS_AND_USERS = f"""
@@ -44,6 +56,8 @@ install -m 644 deploy/systemd/*.service /etc/systemd/system/
 install -d -m 755 /etc/understudy
 install -d /etc/systemd/system/understudy-applier.service.d
 cp {EXAMPLES}/points.conf /etc/systemd/system/understudy-applier.service.d
+install -d /etc/systemd/system/understudy-agent.service.d
+cp {EXAMPLES}/app-scripts.conf /etc/systemd/system/understudy-agent.service.d
 """
 STORAGE = """
 cd /root
@@ -97,6 +111,8 @@ def controlled(name: str, text: str) -> str:
         return text.replace("68719476736", "268435456")
     if name == "applier":
         return without(uncommented(text), "[[machines]]")
+    if name == "agent":
+        return text + APP_CONSISTENCY
     return text.replace("192.0.2.10", "127.0.0.1")
 
 
@@ -143,8 +159,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedHost]:
             put(host, f"/etc/understudy/{name}.toml", text, owner=owner)
         host.run("install", "-d", "-m", "755", "/etc/understudy/scripts")
         put(host, "/etc/understudy/scripts/note", NOTE, mode="755")
+        for name, body in SCRIPTS.items():
+            put(host, f"/etc/understudy/scripts/{name}", f"#!/bin/sh\n{body}\n", mode="755")
         host.run("mkfs.ext4", "-q", host.disk)
-        host.shell(f"mkdir /srv/data && mount {host.disk} /srv/data && date >/srv/data/date")
+        host.shell(f"echo {host.disk} /srv/data ext4 nofail >>/etc/fstab")
+        host.shell("mkdir /srv/data && mount /srv/data && date >/srv/data/date")
 
         server = ("understudy-config-server", "--config", "/etc/understudy/config-server.toml")
         for name in UNITS:
@@ -175,14 +194,39 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedHost]:
 
 
 def test_a_machine_is_protected_and_tried_and_what_is_killed_comes_back(host: BootedHost) -> None:
-    host.run("understudy", "policies", "create", "gold")
+    host.run("understudy", "policies", "create", "gold", "--app-frequency", "1h")
     host.run("understudy", "protect", "data-01", "--policy", "gold", "--disk", host.disk, "--wait")
     assert "tracker ebpf" in host.run("understudy", "agent", "status")
     assert newest(host)
+    scripts_bring_about_an_app_consistent_point(host)
+    commands_of_root_leave_daemons_their_files(host)
 
     a_plan_with_a_script_passes(host)
     a_compute_node_that_restarts_keeps_its_virtual_machine(host)
     all_that_is_killed_comes_back_and_replicates(host)
+    all_comes_up_after_a_reboot(host)
+
+
+def scripts_bring_about_an_app_consistent_point(host: BootedHost) -> None:
+    until(
+        host,
+        lambda: '"app"' in host.run("understudy", "points", "data-01", "--json"),
+        "no app-consistent point",
+    )
+    assert host.shell("ls /run/after; cat /run/before").split() == ["/run/after", "nobody"]
+
+
+def commands_of_root_leave_daemons_their_files(host: BootedHost) -> None:
+    server = ("understudy-config-server", "--config", "/etc/understudy/config-server.toml")
+    unlock = "/etc/understudy/config-server.unlock"
+    host.run("cp", "--preserve=mode,ownership", unlock, f"{unlock}.new")
+    host.run(*server, "reseal", f"{unlock}.new")
+    host.run(*server, "token", "list")
+    for name in OWN_USER:
+        state = "understudy" if name == "applier" else f"understudy-{name}"
+        assert (
+            host.run("find", f"/var/lib/{state}", "-xdev", "!", "-user", f"understudy-{name}") == ""
+        )
 
 
 def a_plan_with_a_script_passes(host: BootedHost) -> None:
@@ -207,12 +251,16 @@ def a_compute_node_that_restarts_keeps_its_virtual_machine(host: BootedHost) -> 
 
 def all_that_is_killed_comes_back_and_replicates(host: BootedHost) -> None:
     before = {name: pid_of(host, name) for name in UNITS}
+    until(host, lambda: "frozen" in host.shell(FREEZE), "cannot freeze")
 
     def is_back(name: str) -> bool:
         return pid_of(host, name) not in ("", before[name])
 
-    for name in UNITS:
-        host.run("systemctl", "kill", "--signal=KILL", "--kill-whom=main", f"understudy-{name}")
+    for name in reversed(UNITS):
+        whom = "main" if name == "compute" else "all"
+        host.run("systemctl", "kill", "--signal=KILL", f"--kill-whom={whom}", f"understudy-{name}")
+    # As the agent's own freezer would have left it, killed with it.
+    host.run("timeout", "60", "touch", "/srv/data/thawed")
     until(host, lambda: all(is_back(name) for name in UNITS), "not all come back")
     until(host, lambda: newest(host), "no points are served")
     last = newest(host)
@@ -225,3 +273,15 @@ def all_that_is_killed_comes_back_and_replicates(host: BootedHost) -> None:
         lambda: "not well" not in host.run("understudy", "health", check=False),
         "away for long",
     )
+
+
+def all_comes_up_after_a_reboot(host: BootedHost) -> None:
+    """In whatever order; a kernel that has not gone remembers what has changed."""
+    last = newest(host)
+    host.reboot()
+    until(host, lambda: all(pid_of(host, name) for name in UNITS), "not all come up")
+    host.shell("date >/srv/data/rebooted; sync")
+    until(host, lambda: newest(host) > last, "no newer recovery point")
+    status = host.run("understudy", "agent", "status")
+    assert "replicating, tracker ebpf" in status
+    assert "resync" not in host.journal("understudy-agent")
