@@ -48,6 +48,14 @@ pre = ["/etc/understudy/scripts/pre"]
 post = ["/etc/understudy/scripts/post"]
 """
 
+SINGLE_DISK = """
+systemctl stop 'understudy-*'
+mkdir /srv/data/lib
+cp -a /var/lib/understudy-agent /srv/data/lib
+mount --bind /srv/data/lib /var/lib
+sed -i 's|^state_folder.*|state_folder = "/run/understudy-agent"|' /etc/understudy/agent.toml
+systemctl start understudy-agent
+"""
 UNITS_AND_USERS = f"""
 cd {INSTALLED}
 install -m 644 deploy/systemd/understudy.sysusers.conf /usr/lib/sysusers.d/understudy.conf
@@ -162,8 +170,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedHost]:
         for name, body in SCRIPTS.items():
             put(host, f"/etc/understudy/scripts/{name}", f"#!/bin/sh\n{body}\n", mode="755")
         host.run("mkfs.ext4", "-q", host.disk)
-        host.shell(f"echo {host.disk} /srv/data ext4 nofail >>/etc/fstab")
-        host.shell("mkdir /srv/data && mount /srv/data && date >/srv/data/date")
+        host.shell(f"mkdir /srv/data && mount {host.disk} /srv/data && date >/srv/data/date")
 
         server = ("understudy-config-server", "--config", "/etc/understudy/config-server.toml")
         for name in UNITS:
@@ -205,6 +212,7 @@ def test_a_machine_is_protected_and_tried_and_what_is_killed_comes_back(host: Bo
     a_compute_node_that_restarts_keeps_its_virtual_machine(host)
     all_that_is_killed_comes_back_and_replicates(host)
     all_comes_up_after_a_reboot(host)
+    a_machine_with_a_single_disk_is_thawed(host)
 
 
 def scripts_bring_about_an_app_consistent_point(host: BootedHost) -> None:
@@ -279,9 +287,22 @@ def all_comes_up_after_a_reboot(host: BootedHost) -> None:
     """In whatever order; a kernel that has not gone remembers what has changed."""
     last = newest(host)
     host.reboot()
+    host.run("mount", host.disk, "/srv/data")
     until(host, lambda: all(pid_of(host, name) for name in UNITS), "not all come up")
     host.shell("date >/srv/data/rebooted; sync")
     until(host, lambda: newest(host) > last, "no newer recovery point")
     status = host.run("understudy", "agent", "status")
     assert "replicating, tracker ebpf" in status
     assert "resync" not in host.journal("understudy-agent")
+
+
+def a_machine_with_a_single_disk_is_thawed(host: BootedHost) -> None:
+    """Its state is in memory; nothing may be written to the frozen disk before that which thaws."""
+    host.shell(SINGLE_DISK)
+    until(host, lambda: "frozen" in host.shell(FREEZE), "cannot freeze")
+    try:
+        host.run("systemctl", "kill", "--signal=KILL", "--kill-whom=all", "understudy-agent")
+        host.run("timeout", "60", "touch", "/srv/data/thawed-again")
+    finally:
+        host.run("fsfreeze", "--unfreeze", "/srv/data", check=False)
+    until(host, lambda: "had been left frozen" in host.journal("understudy-agent"), "not told")
