@@ -1,8 +1,6 @@
 """A machine, an appliance and stores that go through resyncs, unkindly: see the test beside it."""
 
-import os
 import random
-import shutil
 
 from agents.mobility.bookkeeping import (
     begin_resync,
@@ -133,57 +131,6 @@ class World:
             self.source[self.rng.randrange(BLOCK_COUNT)] = self.version
         self.fresh_pins = True
         self.restart_agent()
-
-    def forget_all(self) -> None:
-        """Agent, appliance and cache begin anew; the second site stays, and is heard when it is."""
-        shutil.rmtree(f"{self.folder}/agent")
-        self.agent = StreamStateFile(f"{self.folder}/agent", MACHINE)
-        self.carried = BlockSet(BLOCK_COUNT)
-        self.server, self.sums = Position(), None
-        self.spool.clear()
-        self.cache.clear()
-        self.unsynced.clear()
-        self.refused.clear()
-        self.watermark = self.old_watermark = Watermark(MACHINE)
-        self.vain = 0
-        self.connect()
-        for _ in range(self.rng.choice((0, 5, 20, 40))):  # the applier is away for so long
-            self.write()
-            self.turn()
-            self.upload()
-
-    def copy_server(self) -> None:
-        """Somebody keeps a copy of the process server's disk."""
-        self.server_copy = (self.server, dict(self.spool))
-
-    def put_back_server(self) -> None:
-        """The process server's disk is put back as it was."""
-        if self.server_copy is not None:
-            self.server, spool = self.server_copy
-            self.spool = dict(spool)
-
-    def copy_machine(self) -> None:
-        """A snapshot of the source with its memory."""
-        shutil.rmtree(f"{self.folder}/machine", ignore_errors=True)
-        shutil.copytree(f"{self.folder}/agent", f"{self.folder}/machine")
-        self.machine_copy = (
-            list(self.source),
-            dict(self.flying),
-            self.marks.copy(),
-            self.carried.copy(),
-            self.fresh_pins,
-        )
-
-    def put_back_machine(self) -> None:
-        """The source goes on from its snapshot, as if nothing had happened since."""
-        if self.machine_copy is None:
-            return
-        source, flying, marks, carried, self.fresh_pins = self.machine_copy
-        self.source, self.flying = list(source), dict(flying)
-        self.marks, self.carried = marks.copy(), carried.copy()
-        shutil.rmtree(f"{self.folder}/agent")
-        shutil.copytree(f"{self.folder}/machine", f"{self.folder}/agent")
-        self.agent = StreamStateFile(f"{self.folder}/agent", MACHINE)
 
     def order(self) -> None:
         position = self.agent.position
@@ -472,34 +419,6 @@ class World:
         """A block goes bad, is noticed, and an operator orders a resync."""
         self.store.target[self.rng.randrange(BLOCK_COUNT)] = DAMAGED
         self.order()
-
-    def back_up(self) -> None:
-        self.backup = self.store.copy_to(f"{self.folder}/backup")
-
-    def put_back(self) -> None:
-        """The store is put back; the record of resyncs with it, or the newer one stays."""
-        if self.backup is None:
-            return
-        keep_record = self.rng.random() < 0.5
-        newer = f"{self.store.folder}/resync.json"
-        had = os.path.exists(newer)
-        if keep_record and had:
-            shutil.copy(newer, f"{self.folder}/record")
-        self.store = self.backup.copy_to(self.store.folder)
-        if keep_record and had:
-            shutil.copy(f"{self.folder}/record", newer)
-            self.store.record = ResyncRecord(self.store.folder)
-        self.refused.clear()
-        self.vain, self.published = 0, NO_BASIS
-        self.publish()
-
-    def take_over(self) -> None:
-        """Another applier, with a store of its own, owns the machine from now on."""
-        other = self.other or Store(f"{self.folder}/b")
-        self.store, self.other = other, self.store
-        self.refused.clear()
-        self.vain, self.published = 0, NO_BASIS
-        self.publish()
 
     def go_well(self) -> None:
         """For a moment everybody does what he should."""

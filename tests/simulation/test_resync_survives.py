@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.simulation import restored
 from tests.simulation.histories import histories
 from tests.simulation.resync_world import World
 
@@ -52,7 +53,8 @@ def _play(folder: str, seed: int, faults: tuple[str, ...], steps: int = 250) -> 
             case "land":
                 world.land()
             case _:
-                getattr(world, action)()
+                act = getattr(World, action, None) or getattr(restored, action)
+                act(world)
     world.come_to_rest()
     return world
 

@@ -348,6 +348,17 @@ class RecoveryStage(Stage):
         assert (job.state, job.error) == ("succeeded", None)
         return (await self.failovers(job))[0]
 
+    async def failed(self, job: Job, code: str) -> str:
+        """What a job says that has failed like this; nothing of it is left."""
+        job = await self.ended(job.id)
+        assert job.state == "failed"
+        assert job.error is not None
+        assert job.error["code"] == code
+        await self.machine_is(MACHINE, "protected")
+        assert (await self.machine()).job_id is None
+        await self.nothing_is_left()
+        return str(job.error["message"])
+
     async def failovers(self, job: Job) -> list[Failover]:
         """Those of a job's run, by group and name."""
         async with self.database.reading() as session:

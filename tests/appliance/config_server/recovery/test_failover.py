@@ -1,7 +1,6 @@
 """Failovers and test failovers of one machine, from the request to nothing being left."""
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +11,17 @@ from sqlalchemy import delete, select
 from appliance.config_server.nodes.report_book import Heard
 from appliance.config_server.protection import requests
 from appliance.config_server.protection.config import JobsConfig
-from appliance.config_server.protection.jobs import ask_to_cancel, find_job, steps_of
+from appliance.config_server.protection.jobs import steps_of
 from appliance.config_server.protection.machines import BusyError
 from appliance.config_server.protection.placement import PlacementError
-from appliance.config_server.recovery import failing_over, room, switching_off
+from appliance.config_server.recovery import failing_over, room
 from appliance.config_server.recovery.follow_up import cancel, change_point, commit
 from appliance.config_server.recovery.intake import take_points
 from appliance.config_server.recovery.locking import lock_point
-from appliance.config_server.recovery.parts import PERHAPS_OFF
 from appliance.config_server.recovery.requests import _source_time, clean_up
 from appliance.config_server.recovery.run import FailoverKind, FailoverOptions
 from appliance.config_server.store.recovery_tables import Failover, RecoveredVm
-from appliance.config_server.store.schema import Certificate, Job, Machine
+from appliance.config_server.store.schema import Certificate, Machine
 from replication.control.recovery import ListedPoint, PointChoice, PointList
 from replication.errors import ConflictError, InputError, NotFoundError
 from tests.appliance.config_server.protection.stage import APPLIER, GIB, MACHINE, WAIT_SECONDS
@@ -63,7 +61,7 @@ async def test_a_defect_fails_its_step_and_is_not_begun_again(
         raise RuntimeError
 
     monkeypatch.setattr(failing_over, "judge_disks", broken)
-    await failed(stage, await stage.begun(TEST), "defect")
+    await stage.failed(await stage.begun(TEST), "defect")
 
 
 async def test_a_test_failover_changes_nothing_and_leaves_nothing(stage: RecoveryStage) -> None:
@@ -122,34 +120,22 @@ async def test_an_unplanned_failover_gets_another_point_and_is_committed(
     assert await stage.there() == (["web-1"], [])
 
 
-async def failed(stage: RecoveryStage, job: Job, code: str) -> str:
-    """What a job says that has failed like this; nothing of it is left."""
-    job = await stage.ended(job.id)
-    assert job.state == "failed"
-    assert job.error is not None
-    assert job.error["code"] == code
-    await stage.machine_is(MACHINE, "protected")
-    assert (await stage.machine()).job_id is None
-    await stage.nothing_is_left()
-    return str(job.error["message"])
-
-
 async def test_what_cannot_be_made_fails_and_leaves_the_machine_protected(
     stage: RecoveryStage,
 ) -> None:
-    told = await failed(stage, await stage.begun(TEST, "no-such-point"), "point_refused")
+    told = await stage.failed(await stage.begun(TEST, "no-such-point"), "point_refused")
     assert "there is no point no-such-point" in told
     stage.nodes.broken["web-1"] = "no room for the overlay"
-    told = await failed(stage, await stage.begun(UNPLANNED), "vm_failed")
+    told = await stage.failed(await stage.begun(UNPLANNED), "vm_failed")
     assert "no room for the overlay" in told
     stage.nodes.broken.clear()
     stage.power.refuses = "the vCenter burns"
-    told = await failed(stage, await stage.begun(PLANNED), "not_off")
+    told = await stage.failed(await stage.begun(PLANNED), "not_off")
     assert "the vCenter burns" in told
     assert not (await stage.machine()).final_wanted
     stage.power.refuses = ""
     stage.nodes.frozen_not = "the disk /dev/sdb has no file system"
-    told = await failed(stage, await stage.begun(PLANNED), "not_frozen")
+    told = await stage.failed(await stage.begun(PLANNED), "not_frozen")
     assert "no file system" in told
     stage.nodes.frozen_not = ""
     assert (await stage.failed_over(PLANNED)).final == 3  # each order has a number of its own
@@ -379,139 +365,3 @@ async def test_what_a_silent_compute_node_has_goes_when_it_is_heard_again(
         stage.nodes.stubborn.clear()
         await stage.machine_is(MACHINE, "protected")
         await stage.nothing_is_left()
-
-
-async def test_a_source_that_wrote_on_before_it_was_off_fails_the_planned_failover(
-    stage: RecoveryStage,
-) -> None:
-    async def thaw(vm: uuid.UUID) -> None:
-        stage.nodes.frozen_not = "it was frozen for too long"
-        await stage.nodes.report()
-        assert stage.power.off == [vm]
-
-    stage.power.then = thaw
-    job = await stage.begun(PLANNED)
-    told = await failed(stage, job, "not_off")
-    assert "had let writes go on" in told
-
-
-async def test_a_planned_failover_that_is_cancelled_lets_the_source_go_on(
-    stage: RecoveryStage,
-) -> None:
-    stage.nodes.silent.add(MACHINE)
-    job = await stage.begun(PLANNED)
-    assert "final changeset" in await stage.noted(job.id, 0)
-    assert (await stage.machine()).final_wanted
-    async with stage.database.writing() as session:
-        ask_to_cancel(await find_job(session, job.id, lock=True), stage.clock())
-    stage.protection.performer.wake(job.id)
-    job = await stage.ended(job.id)
-    assert (job.state, job.error) == ("cancelled", None)
-    machine = await stage.machine()
-    assert (machine.state, machine.job_id, machine.final_wanted) == ("protected", None, False)
-    assert stage.power.off == []
-    assert await stage.there() == ([], [])
-
-
-async def test_a_planned_failover_waits_for_repairs_before_anything_is_frozen(
-    stage: RecoveryStage,
-) -> None:
-    stage.nodes.open_repairs = 2
-    await stage.nodes.report()
-    job = await stage.begun(PLANNED)
-    assert "2 runs of blocks are wrong" in await stage.noted(job.id, 0)
-    assert not (await stage.machine()).final_wanted
-    stage.nodes.silent.add(MACHINE)
-    await ordered_and_found_wrong(stage, job)
-    stage.nodes.open_repairs = 0
-    await stage.nodes.report()
-    assert (await stage.ended(job.id)).state == "succeeded"
-    assert stage.power.off == [VMS[MACHINE]]
-
-
-async def test_what_the_last_changeset_does_not_mend_fails_the_failover_with_the_source_on(
-    stage: RecoveryStage,
-) -> None:
-    stage.nodes.silent.add(MACHINE)
-    job = await stage.begun(PLANNED)
-    await ordered_and_found_wrong(stage, job)
-    stage.nodes.applied = 10
-    await stage.nodes.report()
-    await failed(stage, job, "not_whole")
-    assert stage.power.off == []
-    assert not (await stage.machine()).final_wanted
-
-
-async def test_what_is_known_to_be_wrong_does_not_keep_an_unplanned_failover_but_is_noted(
-    stage: RecoveryStage,
-) -> None:
-    stage.nodes.open_repairs = 3
-    await stage.nodes.report()
-    failover = await stage.failed_over(UNPLANNED)
-    assert failover.state == "up"
-    assert failing_over.KNOWN_WRONG.format(3) in failover.notes
-
-
-async def ordered_and_found_wrong(stage: RecoveryStage, job: Job) -> None:
-    """Its agent, which is silent, tells of a last changeset in which something was found."""
-    stage.nodes.open_repairs = 0
-    await stage.nodes.report()
-    await stage.machine_when(lambda machine: machine.final_wanted)
-    stage.nodes.open_repairs = 1
-    await stage.nodes.report()
-    stage.nodes.silent.clear()
-    async with asyncio.timeout(WAIT_SECONDS):
-        while "1 run of blocks is wrong" not in await stage.noted(job.id, 0):
-            await stage.nodes.report()
-            await asyncio.sleep(0.02)
-    assert stage.power.off == []
-
-
-async def test_an_agent_that_fell_silent_or_thawed_fails_the_planned_failover(
-    stage: RecoveryStage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Silent before the power-off began: what it froze may be thawed, whatever it said last."""
-    monkeypatch.setattr(switching_off, "_FRESH_NS", -(10**12))  # every report is too old
-    told = await failed(stage, await stage.begun(PLANNED), "not_off")
-    assert "last heard" in told
-    assert stage.power.off == []  # its power is not cut for nothing
-
-
-async def test_a_report_must_be_fresh_when_each_source_s_power_off_begins(
-    stage: RecoveryStage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def later(vm: uuid.UUID) -> None:
-        monkeypatch.setattr(switching_off, "_FRESH_NS", -(10**12))
-        assert stage.power.off == [vm]
-
-    stage.power.then = later
-    job = await stage.begun(PLANNED)
-    told = await failed(stage, job, "not_off")
-    assert "was not off in time" in told
-    (failover,) = await stage.failovers(job)
-    assert "switch it on again" in failover.notes
-
-
-async def test_a_source_that_was_perhaps_switched_off_is_told_of(stage: RecoveryStage) -> None:
-    """The job is cancelled while its vCenter is at it; or it says that it could not."""
-    begun = asyncio.Event()
-
-    async def endless(vm: uuid.UUID) -> None:
-        begun.set()
-        await asyncio.Event().wait()
-
-    stage.power.then = endless
-    job = await stage.begun(PLANNED)
-    await asyncio.wait_for(begun.wait(), WAIT_SECONDS)
-    async with stage.database.writing() as session:
-        ask_to_cancel(await find_job(session, job.id, lock=True), stage.clock())
-    stage.protection.performer.wake(job.id)
-    job = await stage.ended(job.id)
-    assert job.state == "cancelled"
-    (failover,) = await stage.failovers(job)
-    assert PERHAPS_OFF in failover.notes
-    stage.power.refuses = "no answer in time"
-    job = await stage.begun(PLANNED)
-    await failed(stage, job, "not_off")
-    (failover,) = await stage.failovers(job)
-    assert PERHAPS_OFF in failover.notes
