@@ -63,7 +63,7 @@ async def test_post_runs_after_a_kill(
         assert not (own_folder / "held").exists()
         await killed_in_pre(rig, own_folder)
         if after == "thaw":
-            assert await rig.run("thaw") == (0, "")
+            assert await rig.run("thaw") == (0, "post scripts were owed and have run\n")
         else:
             rig.control.assign(app_interval_seconds=0.0)
             rig.start()

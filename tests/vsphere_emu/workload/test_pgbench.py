@@ -1,7 +1,9 @@
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -191,11 +193,15 @@ def test_remove_ends_a_server_whose_workload_is_gone(db: Guest) -> None:
     folder = f"{db.folder}/data/postgresql"
     command = ["setpriv", "--reuid", "postgres", "--regid", "postgres", "--init-groups"]
     command += ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search", "--"]
+    # A socket of its own: whoever else runs a server here may have the one in /tmp.
+    sockets = tempfile.mkdtemp(prefix="stray-")
+    shutil.chown(sockets, "postgres")
     command += [f"{find_binaries()}/postgres", "-D", folder, "-c", "listen_addresses="]
-    stray = subprocess.Popen([*command, "-k", "/tmp"], stderr=subprocess.DEVNULL)
+    stray = subprocess.Popen([*command, "-k", sockets], stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 20
         while not os.path.exists(f"{folder}/postmaster.pid"):
+            assert stray.poll() is None, stray.stderr and stray.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.05)
         db.remove_all_traces(delete_disks=True)
@@ -203,6 +209,7 @@ def test_remove_ends_a_server_whose_workload_is_gone(db: Guest) -> None:
     finally:
         stray.kill()
         stray.wait()
+        shutil.rmtree(sockets)
     assert not os.path.exists(db.folder)
 
 

@@ -59,7 +59,8 @@ def positions(store: MachineStore) -> list[int]:
 
 def thinned(held: set[int], newest: int) -> list[int]:
     """What thinning to the latest alone leaves: the newest point's layers stay apart at first."""
-    return sorted({*held, newest, *range(max(held, default=newest), newest)})
+    below = max((position for position in held if position < newest), default=newest)
+    return sorted({*held, newest, *range(below, newest)})
 
 
 @pytest.fixture
