@@ -129,6 +129,7 @@ class PointTeller:
             made = await asyncio.to_thread(read_list, self._root, machine)
         except (ReplicationError, OSError) as error:  # of which the health tells
             _log.debug("no list of points", machine=str(machine), reason=str(error))
+            self._look_at[machine] = time.monotonic() + self._seconds
             return
         digest = xxhash.xxh3_128_digest(made.model_dump_json().encode())
         before, again_at = self._told.get(machine, (b"", 0.0))

@@ -72,6 +72,15 @@ class Disk:
         finally:
             os.close(fd)
 
+    def write(self, offset: int, data: bytes) -> None:
+        """To the device itself, and bring it into the image."""
+        fd = os.open(self.device, os.O_RDWR)
+        try:
+            assert os.pwrite(fd, data, offset) == len(data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
     def detach(self) -> None:
         """Leave nothing attached, whatever state it is in."""
         if self.is_mounted:

@@ -24,7 +24,7 @@ def disk(rig: Rig) -> Disk:
     """A raw disk full of bytes that do not shrink, whose audit covers it with every changeset."""
     made = rig.add_disk(DISK_BYTES)
     rig.settings["agent"] = {"capture": {"audit_chunks": CHUNK_COUNT, "heartbeat_seconds": 1.0}}
-    _write(made, 0, os.urandom(DISK_BYTES))
+    made.write(0, os.urandom(DISK_BYTES))
     return made
 
 
@@ -61,7 +61,7 @@ def test_a_flipped_byte_at_rest_is_refused_and_mended(
     rig.start()
     rig.wait_for_point()
     block = 1234
-    _write(disk, (block - 100) * BLOCK_BYTES, os.urandom(200 * BLOCK_BYTES))
+    disk.write((block - 100) * BLOCK_BYTES, os.urandom(200 * BLOCK_BYTES))
     rig.assert_newest_equals_source()
     rig.wait_until(f"block {block} in {place}", lambda: place in _place(rig, block)[0])
     rig.applier.stop()
@@ -98,7 +98,7 @@ def test_a_flipped_byte_in_the_cache_is_refused_and_put_again(rig: Rig, disk: Di
     rig.wait_for_point()
     rig.applier.stop()
     for _ in range(2):  # one for its segment, one for its manifest
-        _write(disk, 8 * _MIB, os.urandom(_MIB))
+        disk.write(8 * _MIB, os.urandom(_MIB))
         _wait_until_durable(rig, time.time_ns())
     applied = rig.positions()[-1].bookmark.stamp.number  # may be in the spool for a moment still
     changesets = [
@@ -124,15 +124,6 @@ def test_a_flipped_byte_in_the_cache_is_refused_and_put_again(rig: Rig, disk: Di
 
 def _wait_until_durable(rig: Rig, since_ns: int) -> None:
     rig.wait_until("a changeset in the cache", lambda: rig.agent_status()["durable_ns"] > since_ns)
-
-
-def _write(disk: Disk, offset: int, data: bytes) -> None:
-    fd = os.open(disk.device, os.O_RDWR)
-    try:
-        assert os.pwrite(fd, data, offset) == len(data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _assert_reads(data: bytes | memoryview, disk: Disk, block: int) -> None:

@@ -40,7 +40,7 @@ def disk(rig: Rig) -> Disk:
     made = rig.add_disk(DISK_BYTES)
     rig.settings["agent"] = {"capture": {"audit_chunks": 0, "compare_share_max": 1.0}}
     rig.settings["applier"] = {"scrub_bytes_per_second": 0}
-    _write(made, 0, os.urandom(40 * _MIB))
+    made.write(0, os.urandom(40 * _MIB))
     return made
 
 
@@ -59,8 +59,8 @@ def test_a_reboot_costs_a_comparison_and_what_differs(running: Rig, disk: Disk) 
     old = rig.points()[-1]
     rig.agent.stop()
     _reboot(rig)
-    _write(disk, 5 * _MIB, os.urandom(BLOCK_BYTES))
-    _write(disk, 60 * _MIB, os.urandom(3 * BLOCK_BYTES))
+    disk.write(5 * _MIB, os.urandom(BLOCK_BYTES))
+    disk.write(60 * _MIB, os.urandom(3 * BLOCK_BYTES))
     rig.agent.start()
     _await_generation(rig, 2)
     rig.assert_newest_equals_source()
@@ -96,7 +96,7 @@ def test_a_disk_that_grew_sends_what_it_grew_by(running: Rig, disk: Disk) -> Non
     with disk.image.open("r+b") as image:
         image.truncate(DISK_BYTES + 6 * _MIB + 512)
     run("losetup", "-c", disk.device)
-    _write(disk, DISK_BYTES + _MIB, os.urandom(2 * _MIB))
+    disk.write(DISK_BYTES + _MIB, os.urandom(2 * _MIB))
     rig.agent.start()
     _await_generation(rig, 2)
     point = rig.assert_newest_equals_source()
@@ -109,8 +109,8 @@ def test_lost_tracking_is_noticed_and_compared(running: Rig, disk: Disk) -> None
     rig = running
     rig.agent.stop()
     remove_machine(rig.machine)
-    _write(disk, 33 * _MIB + 4096, os.urandom(BLOCK_BYTES))
-    _write(disk, 0, bytes(4 * _MIB))  # zeros now
+    disk.write(33 * _MIB + 4096, os.urandom(BLOCK_BYTES))
+    disk.write(0, bytes(4 * _MIB))  # zeros now
     rig.agent.start()
     _await_generation(rig, 2)
     rig.assert_newest_equals_source()
@@ -162,11 +162,11 @@ def test_nothing_is_sent_before_leave_is_given(rig: Rig, disk: Disk) -> None:
     rig.assert_newest_equals_source()
     rig.agent.stop()
     remove_machine(rig.machine)
-    _write(disk, 7 * _MIB, os.urandom(BLOCK_BYTES))
+    disk.write(7 * _MIB, os.urandom(BLOCK_BYTES))
     rig.agent.start()
     rig.wait_until("the need", lambda: rig.agent_status().get("phase") == "resync required")
     newest = rig.positions()[-1].bookmark.stamp
-    _write(disk, 9 * _MIB, os.urandom(BLOCK_BYTES))
+    disk.write(9 * _MIB, os.urandom(BLOCK_BYTES))
     time.sleep(3)
     assert rig.agent_status()["cause"] == "tracking-lost"
     assert rig.agent_status()["sent_bytes"] == 0
@@ -191,14 +191,14 @@ def test_whoever_is_killed_while_a_resync_is_under_way(rig: Rig, disk: Disk, see
     _reboot(rig)
     for _ in range(20):
         place = chance.randrange(DISK_BYTES // BLOCK_BYTES)
-        _write(disk, place * BLOCK_BYTES, os.urandom(BLOCK_BYTES))
+        disk.write(place * BLOCK_BYTES, os.urandom(BLOCK_BYTES))
     rig.agent.start()
     victims = [rig.agent, rig.applier, rig.azure, rig.agent, rig.process_server, rig.applier]
     chance.shuffle(victims)
     for victim in victims:
         time.sleep(chance.uniform(0.0, 1.2))
         place = chance.randrange(DISK_BYTES // BLOCK_BYTES)
-        _write(disk, place * BLOCK_BYTES, os.urandom(BLOCK_BYTES))
+        disk.write(place * BLOCK_BYTES, os.urandom(BLOCK_BYTES))
         rig.kill(victim)
         time.sleep(chance.uniform(0.0, 0.5))
         victim.start()
@@ -250,15 +250,6 @@ def _reboot(rig: Rig) -> None:
         for disk, identity in state.position.identities.items()
     }
     state.save(identities=identities)
-
-
-def _write(disk: Disk, offset: int, data: bytes) -> None:
-    fd = os.open(disk.device, os.O_RDWR)
-    try:
-        assert os.pwrite(fd, data, offset) == len(data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _resync_record(rig: Rig) -> dict[str, Any]:

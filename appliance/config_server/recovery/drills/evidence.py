@@ -111,6 +111,7 @@ def without_evidence(drill: DrillReport, run: PlanRun, job: Job, reason: str) ->
         target=drill.target,
         schedule=drill.schedule,
         asked_by=drill.asked_by,
+        notes=run.notes,
         passed=False,
         reason=reason,
         began_ns=drill.began_ns,

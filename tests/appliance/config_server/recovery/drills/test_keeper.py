@@ -352,7 +352,8 @@ async def test_a_drill_whose_evidence_cannot_be_read_is_tidied_up_and_has_not_pa
     monkeypatch.setattr(keeping, "gather", broken)
     keeper = keeper_of(stage, evidence_seconds=60)
     async with stage.asking() as asking:
-        row, job = await begin_drill(asking, keeper.config, RunRequest(), plan="small")
+        request = RunRequest(notes="for the auditors")
+        row, job = await begin_drill(asking, keeper.config, request, plan="small")
     await stage.protection.begin(job.id)
     assert (await stage.ended(job.id)).state == "succeeded"
     (trouble,) = await keeper.look()
@@ -363,4 +364,5 @@ async def test_a_drill_whose_evidence_cannot_be_read_is_tidied_up_and_has_not_pa
     assert is_untouched(done.document)
     assert (done.state, done.document["passed"]) == ("failed", False)
     assert "OverflowError" in done.document["reason"]
+    assert done.document["notes"] == "for the auditors"
     assert done.document["cleanup"]["state"] == "succeeded"
